@@ -1,0 +1,74 @@
+# make demo       restore a short clip on this machine and write a comparison picture
+# make test       everything that takes less than about ten seconds a test
+# make test-all   the slow tests too
+# make lint       style, types and the layer rules
+#
+# Every target makes its own virtual environment first and only once. To use another place, Python or build of torch:
+#   make test VENV=/path/to/venv PYTHON=python3.12 PIP_ARGS="--extra-index-url <index with CPU builds>"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+OUT ?= out
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+STAMPS := $(VENV)/.upriver
+
+.PHONY: help venv demo test test-all lint format docs clean
+
+help:  ## say what there is
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# torch goes first and alone: pip then keeps the build that is there (a CPU build where the index or a local folder
+# offers one), and nothing that depends on torch can pull another.
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "Upriver needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is $$($(PYTHON) --version). Use: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(STAMPS)/app: pyproject.toml constraints.txt $(STAMPS)/torch
+	$(PIP) -e .
+	@touch $@
+
+# torchvision only lends RAFT to the tests; without its dependencies, because they name one exact build of torch.
+$(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/torch
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps "$$(grep '^torchvision==' constraints.txt)"
+	@touch $@ $(STAMPS)/app
+
+venv: $(STAMPS)/dev  ## the environment of `make test` and `make lint`
+
+demo: $(STAMPS)/app
+	$(BIN)/upriver demo $(OUT)/demo
+
+test: $(STAMPS)/dev
+	$(BIN)/python -m pytest -m "not slow" --durations=15 $(PYTEST_ARGS)
+
+test-all: $(STAMPS)/dev
+	$(BIN)/python -m pytest --durations=25 $(PYTEST_ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
