@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 OUT ?= out
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 STAMPS := $(VENV)/.upriver
 
 .PHONY: help venv demo test test-all lint format docs clean
@@ -36,17 +36,19 @@ $(STAMPS)/venv:
 	@touch $@
 
 $(STAMPS)/torch: $(STAMPS)/venv
-	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@echo "Installing torch and what Upriver needs (one to three minutes) ..."
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
 $(STAMPS)/app: pyproject.toml constraints.txt $(STAMPS)/torch
-	$(PIP) -e .
+	@$(PIP) -e .
 	@touch $@
 
 # torchvision only lends RAFT to the tests; without its dependencies, because they name one exact build of torch.
 $(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/torch
-	$(PIP) -e ".[dev]"
-	$(PIP) --no-deps "$$(grep '^torchvision==' constraints.txt)"
+	@echo "Installing Upriver with its test tools ..."
+	@$(PIP) -e ".[dev]"
+	@$(PIP) --no-deps "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@ $(STAMPS)/app
 
 venv: $(STAMPS)/dev  ## the environment of `make test` and `make lint`
