@@ -1,0 +1,93 @@
+"""The root of the errors raised by `actors`, and the class of a failure: what kind of thing went wrong with one task.
+
+A failure travels from a worker to the driver as a small record, not as an exception: the class decides there whether the
+task is tried again, whether the other tasks go on, and which exit status the whole job ends with.
+"""
+
+from __future__ import annotations
+
+import errno
+from enum import StrEnum
+from typing import TypedDict
+
+from infra.errors import CodedError, InfraError, SettingsError
+from pipeline.errors import CheckpointError, FlowError, PipelineError, ScheduleError, StateError
+
+
+class ActorsError(CodedError):
+    """Root of all errors that the `actors` package raises on purpose."""
+
+
+class FailureClass(StrEnum):
+    """What kind of thing went wrong with one task."""
+
+    SOURCE = "source-unreadable"
+    OUT_OF_MEMORY = "out-of-memory"
+    MODEL = "model"
+    ENCODE = "encode"
+    STORAGE = "storage"
+    LOST_ACTOR = "lost-actor"
+    OPTIONS = "options"
+    INTERNAL = "internal"
+
+
+class Failure(TypedDict):
+    """One failed attempt as it travels and as the ledger keeps it."""
+
+    failure_class: str
+    code: str
+    message: str
+    remedy: str
+
+
+# Errors of the operating system that mean "the place to write to", whatever was being done at that moment.
+_STORAGE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+
+
+def failure_class(error: BaseException) -> FailureClass:
+    """Return the class of `error`; anything that is not one of this project's own errors is judged by its type."""
+    if isinstance(error, CheckpointError | FlowError | ScheduleError | StateError):
+        return FailureClass.MODEL
+    if isinstance(error, PipelineError):
+        return FailureClass.ENCODE if error.code.startswith("encode") else FailureClass.SOURCE
+    if isinstance(error, SettingsError):
+        return FailureClass.OPTIONS
+    if isinstance(error, InfraError):
+        return FailureClass.STORAGE
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return FailureClass.OUT_OF_MEMORY
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+        return FailureClass.STORAGE
+    return FailureClass.INTERNAL
+
+
+def describe_failure(error: BaseException) -> Failure:
+    """Return `error` as a `Failure`; unknown exceptions keep their type's name, so that a report can be written."""
+    kind = failure_class(error)
+    if isinstance(error, PipelineError | CodedError):
+        return Failure(failure_class=kind, code=error.code, message=error.message, remedy=error.remedy)
+    if kind is FailureClass.OUT_OF_MEMORY:
+        return Failure(
+            failure_class=kind,
+            code="out-of-memory",
+            message=f"Memory ran out: {_first_line(error)}.",
+            remedy="Use a smaller source, --dtype bf16, or a machine with more memory.",
+        )
+    if kind is FailureClass.STORAGE:
+        return Failure(
+            failure_class=kind,
+            code="destination-unwritable",
+            message=f"Writing failed: {_first_line(error)}.",
+            remedy="Check free space and permissions of the destination.",
+        )
+    return Failure(
+        failure_class=kind,
+        code="internal",
+        message=f"Unexpected {type(error).__name__}: {_first_line(error)}.",
+        remedy="Run again with --debug and report the traceback.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else "no message"

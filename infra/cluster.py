@@ -1,0 +1,104 @@
+"""Ray: start it quietly on this machine, or join the cluster that `RAY_ADDRESS` names.
+
+A Ray that somebody else started in this process is used and left running. Nothing Ray says by itself reaches the terminal:
+what went wrong is told by the errors of the tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from infra.errors import InfraError
+
+OBJECT_STORE_BYTES = 256 << 20  # only plans and progress records travel through it
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What the tasks of one job may use."""
+
+    address: str
+    local: bool
+    nodes: int
+    cpus: int
+    gpus: int
+    start_s: float
+
+
+@contextmanager
+def connected(num_cpus: int | None = None) -> Iterator[Cluster]:
+    """Yield a `Cluster` to run tasks on; a Ray that was started or joined for it is shut down at the end.
+
+    Args:
+        num_cpus: logical CPUs of a Ray started here; None takes all cores that this process may use.
+
+    Raises:
+        InfraError: the cluster cannot be reached or Ray does not start.
+    """
+    _quieten()
+    import ray
+
+    began = time.perf_counter()
+    ours = not ray.is_initialized()
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if ours:
+        try:
+            if address == "local":
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus or usable_cores(),
+                    include_dashboard=False,
+                    configure_logging=True,
+                    logging_level=logging.CRITICAL,
+                    log_to_driver=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                )
+            else:
+                ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InfraError(
+                f"Ray at {address} cannot be used: {reason}.",
+                code="ray-unavailable",
+                remedy="Correct or unset RAY_ADDRESS." if address != "local" else "Check free memory and disk space.",
+            ) from error
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        total = ray.cluster_resources()
+        yield Cluster(
+            address=address,
+            local=address == "local",
+            nodes=len(nodes),
+            cpus=int(total.get("CPU", 0)),
+            gpus=int(total.get("GPU", 0)),
+            start_s=time.perf_counter() - began,
+        )
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use (a container or `taskset` may allow fewer than there are)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _quieten() -> None:
+    # Read by Ray when it is imported or started. Users' own choices win.
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_TQDM": "0",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    for name in ("ray", "ray.data", "ray._private.worker"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,0 +1,146 @@
+"""Settings of the command line and where each value came from.
+
+Order of precedence: flags, then `UPRIVER_*` in the environment, then the configuration file, then defaults. The file is
+TOML with the same names as below: the one named by `--config` or `UPRIVER_CONFIG`, otherwise `upriver/config.toml` in the
+user's configuration folder. Knows nothing of models or videos: values are checked for type and range only.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from infra.errors import SettingsError
+
+ENV_PREFIX = "UPRIVER_"
+
+
+class Settings(BaseSettings):
+    """Everything that can be set by a flag, the environment or a file. Build it with `load_settings`."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field(default="tiny", description="built-in name, folder or hub id of the model")
+    steps: int | None = Field(
+        default=None, ge=1, le=4, description="denoising steps per frame; none: the model's default"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise; equal seeds give equal pictures")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="number format of the model; auto: bf16 where the hardware computes in it, else fp32",
+    )
+    flow: Literal["auto", "dis", "raft", "zero"] = Field(
+        default="auto", description="motion estimator; auto: the model's"
+    )
+    scale: int = Field(default=4, ge=2, le=4, description="output size over input size")
+    height: int | None = Field(default=None, ge=16, le=16384, description="output height in pixels instead of a scale")
+    codec: Literal["h264", "hevc", "av1", "vp9", "ffv1", "prores"] = Field(default="h264", description="video codec")
+    crf: int | None = Field(default=None, ge=0, le=63, description="quality of the codec, lower is better")
+    preset: str | None = Field(default=None, description="speed preset of the codec")
+    pix_fmt: str | None = Field(default=None, description="pixel format; none: chosen by the source's bit depth")
+    deinterlace: Literal["auto", "on", "off"] = Field(default="auto", description="deinterlace before restoring")
+    cuts: bool = Field(default=True, description="start the stream's memory afresh at each cut")
+    actors: int | None = Field(default=None, ge=1, le=4096, description="workers; none: one per GPU, or one on the CPU")
+    gpus_per_actor: float | None = Field(default=None, ge=0, le=8, description="none: 1 where there is a GPU, else 0")
+    threads: int | None = Field(
+        default=None, ge=1, le=256, description="CPU threads of each worker; none: all its cores"
+    )
+    max_pixels: int = Field(default=8192 * 8192, ge=256, description="largest frame accepted, in pixels")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # `load_settings` merges the layers itself, because it must remember which layer each value came from.
+        return (init_settings,)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSettings:
+    """Settings with the origin of each value: `flag`, `environment UPRIVER_X`, `file PATH` or `default`."""
+
+    values: Settings
+    origins: Mapping[str, str]
+    config_file: Path | None
+
+
+def load_settings(flags: Mapping[str, object] | None = None, config_file: Path | None = None) -> LoadedSettings:
+    """Merge flags, environment, configuration file and defaults.
+
+    Args:
+        flags: values given on the command line; None values count as not given.
+        config_file: a file that must exist; None looks at `UPRIVER_CONFIG`, then at the user's configuration folder.
+
+    Raises:
+        SettingsError: an unknown name, a value of the wrong type or range (named with its origin), an unreadable file.
+    """
+    path = config_file or _default_config_file()
+    layers: list[tuple[str, dict[str, Any]]] = [
+        ("flag", {name: value for name, value in (flags or {}).items() if value is not None}),
+        ("environment", dict(EnvSettingsSource(Settings)())),
+        (f"file {path}", _read_config(path) if path else {}),
+    ]
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for name, value in layer.items():
+            if name not in merged:
+                merged[name] = value
+                origins[name] = f"environment {ENV_PREFIX}{name.upper()}" if origin == "environment" else origin
+    try:
+        values = Settings(**merged)
+    except ValidationError as error:
+        raise _explain(error, origins) from error
+    return LoadedSettings(values, {name: origins.get(name, "default") for name in Settings.model_fields}, path)
+
+
+def _default_config_file() -> Path | None:
+    named = os.environ.get(f"{ENV_PREFIX}CONFIG")
+    if named:
+        return Path(named)
+    base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    path = base / "upriver" / "config.toml"
+    return path if path.is_file() else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(
+            f"The configuration file {path} cannot be read: {error.strerror or error}.",
+            code="config-unreadable",
+            remedy="Correct the path given by --config or UPRIVER_CONFIG.",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"The configuration file {path} is not valid TOML: {error}.",
+            code="config-invalid",
+            remedy='Write one `name = value` per line, strings in quotes, e.g. `codec = "hevc"`.',
+        ) from error
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsError:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else "?"
+    origin = origins.get(name, "default")
+    if first["type"] == "extra_forbidden":
+        message = f"Unknown setting {name!r} ({origin})."
+        remedy = "See `upriver doctor` for all names."
+    else:
+        message = f"Setting {name}={first['input']!r} ({origin}) is not possible: {first['msg']}."
+        remedy = f"Expected: {Settings.model_fields[name].description}."
+    return SettingsError(message, code="settings-invalid", remedy=remedy)

@@ -1,0 +1,257 @@
+"""The command `upriver`: what can be typed, and how it ends. The work itself is in the module named like the command.
+
+Nothing heavy is imported before a command runs, so that `upriver --help` answers at once. This is the only place where
+an error becomes an exit status (by the table in `jobs/errors.py`) and a line for people.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from infra.errors import CodedError
+from jobs.errors import ExitCode, Interrupted, exit_code_of
+
+app = typer.Typer(
+    name="upriver",
+    help="Make low-resolution video sharp with causal diffusion: each frame is restored from the frames before it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# Command line parsers raise this for everything typed wrongly; typer exports only its descendant.
+_ParserError: type[Exception] = typer.BadParameter.__mro__[1]
+
+Source = Annotated[
+    str, typer.Argument(help="A video, a folder of pictures, or a folder of videos.", show_default=False)
+]
+Destination = Annotated[str, typer.Argument(help="The file or folder to write.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Config = Annotated[
+    Path | None, typer.Option(help="Configuration file (TOML) instead of the user's.", show_default=False)
+]
+Model = Annotated[
+    str | None, typer.Option(help="Built-in name, folder or hub id of the model. [default: tiny]", show_default=False)
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        help="Denoising steps per frame: 4, 2 or 1, fewer is faster. [default: the model's]", show_default=False
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]", show_default=False)]
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"] | None,
+    typer.Option(
+        help="Number format; auto is bf16 where the hardware computes in it. [default: auto]", show_default=False
+    ),
+]
+Flow = Annotated[
+    Literal["auto", "dis", "raft", "zero"] | None,
+    typer.Option(help="Motion estimator; auto is the model's own. [default: auto]", show_default=False),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads of each worker. [default: its share of the cores]", show_default=False),
+]
+Scale = Annotated[
+    Literal["2", "3", "4"] | None,
+    typer.Option(help="Output size over input size; 2 and 3 are made from 4. [default: 4]", show_default=False),
+]
+Height = Annotated[int | None, typer.Option(help="Output height in pixels instead of --scale.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"upriver {installed('upriver')}")
+        raise typer.Exit
+
+
+@app.command()
+def restore(
+    src: Source,
+    dst: Destination,
+    model: Model = None,
+    steps: Steps = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the noise; the same seed gives the same picture. [default: 0]", show_default=False),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    flow: Flow = None,
+    scale: Scale = None,
+    height: Height = None,
+    codec: Annotated[
+        Literal["h264", "hevc", "av1", "vp9", "ffv1", "prores"] | None,
+        typer.Option(help="Video codec of the output. [default: h264]", show_default=False),
+    ] = None,
+    crf: Annotated[
+        int | None,
+        typer.Option(help="Quality of the codec, lower is better. [default: the codec's]", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Speed preset of the codec. [default: the codec's]", show_default=False)
+    ] = None,
+    pix_fmt: Annotated[
+        str | None, typer.Option(help="Pixel format. [default: by the source's bit depth]", show_default=False)
+    ] = None,
+    deinterlace: Annotated[
+        Literal["auto", "on", "off"] | None,
+        typer.Option(help="Deinterlace before restoring. [default: auto]", show_default=False),
+    ] = None,
+    cuts: Annotated[
+        bool | None,
+        typer.Option("--cuts/--no-cuts", help="Start afresh at each cut. [default: cuts]", show_default=False),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also write a side-by-side picture and video.")] = False,
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="Original in high resolution, as a further panel of --compare.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")] = False,
+    actors: Annotated[
+        int | None, typer.Option(help="Workers. [default: one per GPU, or one on the CPU]", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    config: Config = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Restore a video, or all videos under a folder, and keep everything that is not a picture."""
+    from jobs.restore import restore_command
+
+    flags = {
+        "model": model, "steps": steps, "seed": seed, "device": device, "dtype": dtype, "flow": flow,
+        "scale": scale, "height": height, "codec": codec, "crf": crf, "preset": preset, "pix_fmt": pix_fmt,
+        "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,
+    }  # fmt: skip
+    return restore_command(
+        src, dst, flags=flags, config=config, compare=compare, truth=truth, overwrite=overwrite, as_json=as_json
+    )
+
+
+@app.command()
+def verify(
+    src: Source,
+    dst: Destination,
+    scale: Scale = None,
+    height: Height = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Compare a restored video with its source: frames, time stamps, size, streams, tags."""
+    from jobs.restore import verify_command
+
+    return verify_command(src, dst, scale=None if scale is None else int(scale), height=height, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    flow: Flow = None,
+    config: Config = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Show what is installed, which device, model and settings are used, and what is wrong."""
+    from jobs.doctor import doctor_command
+
+    flags = {"model": model, "device": device, "dtype": dtype, "flow": flow}
+    return doctor_command(flags=flags, config=config, as_json=as_json)
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    steps: Steps = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    flow: Flow = None,
+    threads: Threads = None,
+    size: Annotated[str, typer.Option(help="Input size, WIDTHxHEIGHT.")] = "160x120",
+    frames: Annotated[int, typer.Option(min=2, help="Frames to measure, after two to warm up.")] = 24,
+    config: Config = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Measure milliseconds per frame by stage on this device."""
+    from jobs.bench import bench_command
+
+    flags = {"model": model, "steps": steps, "device": device, "dtype": dtype, "flow": flow, "threads": threads}
+    return bench_command(flags=flags, config=config, size=size, frames=frames, as_json=as_json)
+
+
+# Commands with parsers of their own: what follows their name is handed on unread, so that they load when they are used.
+_PASS_ON: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASS_ON)
+def train(ctx: typer.Context) -> int:
+    """Train a model: autoencoder, stage1, stage2, stage3."""
+    from jobs.train import app as train_app
+
+    return train_app(args=ctx.args, prog_name="upriver train", standalone_mode=False) or 0
+
+
+@app.command(context_settings=_PASS_ON)
+def evaluate(ctx: typer.Context) -> int:
+    """Measure quality against originals: fidelity, perception, flicker."""
+    from jobs.evaluate import app as evaluate_app
+
+    return evaluate_app(args=ctx.args, prog_name="upriver evaluate", standalone_mode=False) or 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `upriver` with `arguments` (default: those of the process) and return its exit status; never raises for bad input."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return int(app(args=typed, prog_name="upriver", standalone_mode=False) or 0)
+    except _ParserError as error:
+        error.show()  # type: ignore[attr-defined]
+        return int(ExitCode.USAGE)
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
+        code = error.exit_code if isinstance(error, Interrupted) else ExitCode.INTERRUPTED
+        print("upriver: interrupted; nothing unfinished was left behind", file=sys.stderr)
+        return int(code)
+    except Exception as error:
+        if "--debug" in typed:
+            traceback.print_exc()
+        return _report(error, as_json="--json" in typed)
+
+
+def _report(error: Exception, *, as_json: bool) -> int:
+    """Print `error` as one line on stderr (and as JSON on stdout when asked) and return its exit status."""
+    exit_code = exit_code_of(error)
+    if isinstance(error, CodedError) or hasattr(error, "remedy"):
+        code, text = str(getattr(error, "code", "error")), str(error)
+    else:
+        from actors.errors import describe_failure
+
+        failure = describe_failure(error)
+        code, text = failure["code"], f"{failure['message']} {failure['remedy']}"
+    line = " ".join(text.split())
+    print(f"upriver: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"exit_code": int(exit_code), "error": {"code": code, "message": line}}))
+    return int(exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
