@@ -101,8 +101,9 @@ class STLPIPS(nn.Module):
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
         self.trunk: Trunk = trunk
-        self.stages = nn.ModuleList(_vgg_stages() if trunk == "vgg" else _alex_stages())
-        widths = [[m for m in stage if isinstance(m, nn.Conv2d)][-1].out_channels for stage in self.stages]
+        stages = _vgg_stages() if trunk == "vgg" else _alex_stages()
+        self.stages = nn.ModuleList(stages)
+        widths = [[m for m in stage if isinstance(m, nn.Conv2d)][-1].out_channels for stage in stages]
         self.heads = nn.ParameterList([nn.Parameter(torch.zeros(width)) for width in widths])
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
@@ -140,7 +141,10 @@ class STLPIPS(nn.Module):
                 remedy="Delete the file and run `upriver assets fetch nets`.",
             )
         network.load_state_dict(found)
-        return network.to(memory_format=torch.channels_last)  # the faster layout for convolutions on CPUs
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):  # the faster layout for convolutions on CPUs
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        return network
 
     def features(self, x_B3HW: Tensor, layers: int = 5) -> list[Tensor]:
         """Unit-length feature vectors of the first `layers` of the five stages, shallow first.
