@@ -65,7 +65,7 @@ class Residuals:
     mid: Tensor
 
     def spread(self, rows: Tensor, batch: int) -> Residuals:
-        """Place the rows of this object at `rows` of a batch of `batch`, zeros elsewhere (adding zero changes nothing)."""
+        """Place the rows of this object at `rows` of a batch of `batch`; zeros elsewhere change nothing when added."""
 
         def place(x: Tensor) -> Tensor:
             full = x.new_zeros((batch, *x.shape[1:]))
@@ -90,8 +90,8 @@ def artg_residuals(
 ) -> Residuals:
     """Run ARTG for one denoising step with a condition that was embedded before.
 
-    Gives the numbers of ``ControlNetModel.forward`` with scale 1 and no guess mode, without embedding the picture again:
-    at 4x size that embedding costs as much as the rest of a small ControlNet.
+    Gives the numbers of ``ControlNetModel.forward`` with scale 1 and no guess mode, without embedding the picture
+    again: at 4x size that embedding costs as much as the rest of a small ControlNet.
 
     Args:
         x_BChw: latent and low-resolution frame, concatenated.
@@ -119,7 +119,7 @@ def artg_residuals(
 def reference_residuals(
     controlnet: ControlNetModel, x_BChw: Tensor, timestep_B: Tensor, prompt_BTD: Tensor, warped_B3HW: Tensor
 ) -> Residuals:
-    """Run ARTG for one denoising step by ``ControlNetModel.forward``: the published path, against which tests compare."""
+    """Run ARTG for one denoising step by ``ControlNetModel.forward``: the published path, for comparison."""
     down, mid = controlnet(
         x_BChw, timestep_B, encoder_hidden_states=prompt_BTD, controlnet_cond=warped_B3HW, return_dict=False
     )

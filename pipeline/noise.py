@@ -5,8 +5,8 @@ sharding, restarts, batches or tiles. The uniform numbers are Philox4x32-10 (Sal
 easy as 1, 2, 3", SC 2011) with key = seed and counter = (element, index), 64 bits each, low words first. They become
 normal through the inverse of the normal distribution by Wichura's algorithm AS 241 (Applied Statistics 37, 1988).
 
-Only integer arithmetic and the correctly rounded operations + - * / and square root are used, even for the logarithm: so
-a CPU and a GPU give equal bits, which sine, cosine and logarithm of their libraries would not.
+Only integer arithmetic and the correctly rounded operations + - * / and square root are used, even for the logarithm:
+so a CPU and a GPU give equal bits, which sine, cosine and logarithm of their libraries would not.
 
 Does not know: streams, latents, dtypes of models.
 """
@@ -120,9 +120,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
-def frame_noise(
-    shape: tuple[int, int, int], *, seed: int, index: int, device: torch.device | str = "cpu"
-) -> Tensor:
+def frame_noise(shape: tuple[int, int, int], *, seed: int, index: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw the initial latent of one frame from the standard normal distribution.
 
     Args:
@@ -174,7 +172,7 @@ def _rational(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Tens
 
 
 def _polynomial(terms: tuple[float, ...], x: Tensor) -> Tensor:
-    """Horner's rule, constant term first; product and sum stay two operations, so that no device fuses their rounding."""
+    """Horner's rule, constant term first; product and sum stay two operations, so that no device fuses them."""
     value = torch.full_like(x, terms[-1])
     for term in reversed(terms[:-1]):
         value.mul_(x).add_(term)

@@ -1,7 +1,7 @@
 """StreamState: everything that one stream carries from frame to frame, and its file format.
 
-Knows: which tensors and numbers make up a stream, how they are written to safetensors and read back bit for bit, and how
-files of an older schema are brought up to date. Does not know: models, noise, flow, cut detection.
+Knows: which tensors and numbers make up a stream, how they are written to safetensors and read back bit for bit, and
+how files of an older schema are brought up to date. Does not know: models, noise, flow, cut detection.
 
 File format: one safetensors file. Tensors ``prev_output`` (3,4h,4w) and ``prev_input`` (3,h,w), absent before the first
 frame and after a cut, and ``detector.<name>``; one metadata entry, ``upriver_state``, with the other fields as JSON.
@@ -33,8 +33,9 @@ _DETECTOR_PREFIX: Final = "detector."
 Fields = dict[str, Any]
 Upgrade = Callable[[Fields, dict[str, Tensor]], tuple[Fields, dict[str, Tensor]]]
 
-# How to read older files: version k -> a function from the fields and tensors of version k to those of k + 1. When VERSION
-# grows to N, the entry for N - 1 is written in the same change, so that a rolling upgrade never loses a stream.
+# How to read older files: version k -> a function from the fields and tensors of version k to those of k + 1. When
+# VERSION grows to N, the entry for N - 1 is written in the same change, so that a rolling upgrade never loses a
+# stream.
 UPGRADES: dict[int, Upgrade] = {}
 
 
@@ -93,7 +94,7 @@ class StreamState:
         self.prev_output_3HW = self.prev_input_3HW = None
 
     def skip(self) -> None:
-        """Count one frame that was presented but not restored by the model; the next one starts anew, as after a cut."""
+        """Count one frame that was presented but not restored by the model; the next one starts as after a cut."""
         self.reset()
         self.index += 1
 

@@ -1,0 +1,258 @@
+"""Optical flow between an input frame and the one before it, at output size, by one of four estimators.
+
+Knows: RAFT (torchvision), DIS (OpenCV), zero flow, and flow that the caller gives; how small and odd frames are
+padded; how flow at input size becomes flow at output size. Does not know: streams, the warp. OpenCV and torchvision
+are imported only by the estimator that needs them.
+
+Shapes: B batch, h w input size, H W = 4h 4w output size. Frames are in [-1, 1]. Flow is in output pixels, fp32,
+channel 0 = dx, 1 = dy, from the current frame to the previous one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Final, Literal, Protocol, Self, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import FlowError
+
+SCALE: Final = 4
+FlowName = Literal["raft", "dis", "zero", "given"]
+FlowSize = Literal["input", "output"]
+
+_RAFT_MULTIPLE: Final = 8
+_RAFT_MINIMUM: Final = 128
+_DIS_MINIMUM: Final = 32
+
+
+@runtime_checkable
+class FlowEstimator(Protocol):
+    """What the engine asks of a flow estimator; anything with these three members can be handed to it."""
+
+    name: str
+
+    def __call__(self, current_B3hw: Tensor, previous_B3hw: Tensor) -> Tensor:
+        """Return the flow (B,2,4h,4w) in output pixels from `current_B3hw` to `previous_B3hw`, on their device."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move whatever the estimator holds to `device`; return the estimator."""
+        ...
+
+
+class ZeroFlow:
+    """No motion. For ablations, and for cameras that never move."""
+
+    name = "zero"
+
+    def __call__(self, current_B3hw: Tensor, previous_B3hw: Tensor) -> Tensor:
+        """Return zeros (B,2,4h,4w)."""
+        batch, _, height, width = current_B3hw.shape
+        return current_B3hw.new_zeros((batch, 2, height * SCALE, width * SCALE), dtype=torch.float32)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the estimator: it holds nothing."""
+        return self
+
+
+class GivenFlow:
+    """No estimator: the caller of `step` gives the flow of every frame that has a previous one."""
+
+    name = "given"
+
+    def __call__(self, current_B3hw: Tensor, previous_B3hw: Tensor) -> Tensor:
+        """Raise FlowError: the flow should have been given."""
+        raise FlowError(
+            "No flow was given for a frame that has a previous one.",
+            code="flow-not-given",
+            remedy="Pass flow_B2HW to step, or load the model with flow='dis' or flow='raft'.",
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the estimator: it holds nothing."""
+        return self
+
+
+class DISFlow:
+    """Dense inverse search (Kroeger et al., arXiv 1603.03590) by OpenCV, on the CPU; milliseconds at input size.
+
+    Args:
+        size: ``"input"`` estimates on the frames as they are and enlarges the vectors; ``"output"`` estimates on frames
+            enlarged by bicubic interpolation, sixteen times the work.
+
+    Raises:
+        FlowError: OpenCV is not installed.
+    """
+
+    name = "dis"
+
+    def __init__(self, size: FlowSize = "input") -> None:
+        _require_module("cv2", "dis", "Install opencv-python-headless, or choose flow='zero'.")
+        self.size = size
+
+    def __call__(self, current_B3hw: Tensor, previous_B3hw: Tensor) -> Tensor:
+        """Return the flow (B,2,4h,4w); the streams of a batch are estimated one after the other."""
+        import cv2
+
+        pairs = torch.stack([current_B3hw, previous_B3hw])
+        if self.size == "output":
+            pairs = upscale_frames(pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
+        height, width = pairs.shape[-2:]
+        padded = _pad(pairs.flatten(0, 1), minimum=_DIS_MINIMUM).unflatten(0, pairs.shape[:2])
+        grey_2Bhw = _grey_levels(padded).numpy()
+        # an object of its own for every call: it keeps buffers, and calls may come from several threads
+        estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        flows = [
+            torch.from_numpy(estimator.calc(current, previous, None))
+            for current, previous in zip(grey_2Bhw[0], grey_2Bhw[1], strict=True)
+        ]
+        flow_B2hw = torch.stack(flows).permute(0, 3, 1, 2)[..., :height, :width].to(current_B3hw.device)
+        return flow_B2hw.contiguous() if self.size == "output" else upscale_flow(flow_B2hw)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the estimator: it runs on the CPU and hands its flow to the frames' device."""
+        return self
+
+
+class RAFTFlow:
+    """RAFT-large of torchvision (Teed and Deng, arXiv 2003.12039): what the published checkpoints were trained with.
+
+    Args:
+        size: ``"output"`` estimates on frames enlarged by bicubic interpolation, as published. Its correlation volume
+            holds (H/8 W/8)^2 fp32 numbers: 0.8 GiB for 1280x720, 60 GiB for 3840x2160. ``"input"`` estimates on the
+            frames as they are and enlarges the vectors: 256 times less memory, other results.
+        weights: a safetensors file with the weights of torchvision's ``raft_large``; None takes torchvision's default
+            weights from its cache, or downloads them there, at the first call.
+
+    Raises:
+        FlowError: torchvision is not installed (at once), or the weights cannot be had or do not fit (at the first
+            call).
+    """
+
+    name = "raft"
+
+    def __init__(self, size: FlowSize = "output", weights: str | os.PathLike[str] | None = None) -> None:
+        _require_module("torchvision", "raft", "Install it by `pip install 'upriver[raft]'`, or choose flow='dis'.")
+        self.size = size
+        self.weights = weights
+        self._model: torch.nn.Module | None = None
+
+    @torch.no_grad()
+    def __call__(self, current_B3hw: Tensor, previous_B3hw: Tensor) -> Tensor:
+        """Return the last of RAFT's twelve estimates (B,2,4h,4w); computed in fp32 on the frames' device."""
+        model = self._loaded().to(current_B3hw.device)
+        current, previous = current_B3hw.to(torch.float32), previous_B3hw.to(torch.float32)
+        if self.size == "output":
+            current, previous = upscale_frames(current), upscale_frames(previous)
+        height, width = current.shape[-2:]
+        current, previous = (
+            _pad(frame, minimum=_RAFT_MINIMUM, multiple=_RAFT_MULTIPLE) for frame in (current, previous)
+        )
+        flow = model(current, previous)[-1][..., :height, :width]
+        return flow.contiguous() if self.size == "output" else upscale_flow(flow)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network, if it is loaded already; return the estimator."""
+        if self._model is not None:
+            self._model.to(device)
+        return self
+
+    def _loaded(self) -> torch.nn.Module:
+        if self._model is None:
+            from torchvision.models.optical_flow import raft_large
+
+            model: torch.nn.Module = raft_large(weights=None, progress=False)
+            try:
+                model.load_state_dict(self._read_weights())
+            except RuntimeError as error:
+                raise _no_weights(self.weights, "they do not fit raft_large") from error
+            self._model = model.eval().requires_grad_(False)
+        return self._model
+
+    def _read_weights(self) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            if self.weights is not None:
+                return load_file(self.weights)
+            from torchvision.models.optical_flow import Raft_Large_Weights
+
+            # weights_only: a restricted reader that runs no code from the file
+            weights: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
+                Raft_Large_Weights.DEFAULT.url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+            return weights
+        except (OSError, SafetensorError) as error:
+            raise _no_weights(self.weights, str(error)) from error
+
+
+def make_flow(
+    name: str, *, size: FlowSize | None = None, raft_weights: str | os.PathLike[str] | None = None
+) -> FlowEstimator:
+    """Return the estimator with this name: ``raft``, ``dis``, ``zero`` or ``given``.
+
+    Args:
+        size: where RAFT and DIS estimate; None is each one's default (RAFT: output, DIS: input).
+        raft_weights: see `RAFTFlow`.
+
+    Raises:
+        FlowError: an unknown name, or an estimator whose library is not installed.
+    """
+    match name:
+        case "raft":
+            return RAFTFlow(size or "output", raft_weights)
+        case "dis":
+            return DISFlow(size or "input")
+        case "zero":
+            return ZeroFlow()
+        case "given":
+            return GivenFlow()
+    raise FlowError(
+        f"There is no flow estimator {name!r}.", code="flow-unknown", remedy="Choose raft, dis, zero or given."
+    )
+
+
+def upscale_frames(frames_B3hw: Tensor) -> Tensor:
+    """Return frames (B,3,4h,4w) for the estimation of flow: bicubic, pixel centres, not clamped (may leave [-1, 1])."""
+    return F.interpolate(frames_B3hw, scale_factor=SCALE, mode="bicubic", align_corners=False)
+
+
+def upscale_flow(flow_B2hw: Tensor) -> Tensor:
+    """Return flow at output size (B,2,4h,4w): vectors times four, interpolated linearly between pixel centres."""
+    return F.interpolate(flow_B2hw, scale_factor=SCALE, mode="bilinear", align_corners=False) * SCALE
+
+
+def _pad(frames_BChw: Tensor, *, minimum: int, multiple: int = 1) -> Tensor:
+    """Repeat the last row and column until both sides are at least `minimum` and a multiple of `multiple`."""
+    height, width = frames_BChw.shape[-2:]
+    wanted_h, wanted_w = (-(-max(side, minimum) // multiple) * multiple for side in (height, width))
+    if (wanted_h, wanted_w) == (height, width):
+        return frames_BChw
+    return F.pad(frames_BChw, (0, wanted_w - width, 0, wanted_h - height), mode="replicate")
+
+
+def _grey_levels(frames: Tensor) -> Tensor:
+    """Return 8-bit luma (BT.601 weights) of frames in [-1, 1] whose third dimension from the end is RGB, on the CPU."""
+    red, green, blue = frames.to(torch.float32).unbind(dim=-3)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    return ((luma + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def _require_module(module: str, name: FlowName, remedy: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise FlowError(f"The flow estimator {name!r} needs {module}.", code=f"flow-{name}-missing", remedy=remedy)
+
+
+def _no_weights(path: str | os.PathLike[str] | None, reason: str) -> FlowError:
+    name = "torchvision's default weights" if path is None else str(Path(path))
+    return FlowError(
+        f"The weights of RAFT cannot be loaded from {name}: {reason}.",
+        code="flow-raft-weights",
+        remedy="Connect to the network once so that they are cached, give a safetensors file, or choose flow='dis'.",
+    )
