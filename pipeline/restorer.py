@@ -1,0 +1,239 @@
+"""The networks of one checkpoint as training sees them: a differentiable rollout of the whole restoration of one frame.
+
+Inference (`stream_diffvsr.py`) is the reference; this repeats its arithmetic with gradients, any batch and any schedule. A test
+holds the two together.
+
+Shapes: B batch, C latent channels, H W output size, h w = H/4, W/4.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.autoencoder import TemporalAutoencoderTiny
+from pipeline.guidance import flow_warp
+
+SCHEDULES = {4: (999, 749, 499, 249), 2: (999, 499), 1: (999,)}
+PROMPT_WIDTH = 8  # the built-in models have no attention; the constant prompt only fills the U-Net's interface
+
+
+class ModelSize(BaseModel):
+    """Widths of a model without attention.
+
+    Attributes:
+        unet: U-Net widths per level, from latent size down.
+        layers: residual layers per level.
+        groups: GroupNorm groups.
+        conditioning: widths of ARTG's embedding; every entry after the first halves the size, so 4x needs three.
+        autoencoder: widths at full, half and quarter resolution.
+        encoder_blocks: residual blocks at these resolutions; the decoder mirrors them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    unet: tuple[int, ...] = (32, 64, 96)
+    layers: int = 1
+    groups: int = 8
+    conditioning: tuple[int, ...] = (16, 24, 32)
+    autoencoder: tuple[int, int, int] = (16, 32, 48)
+    encoder_blocks: tuple[int, int, int] = (1, 1, 2)
+    latent_channels: int = 4
+
+
+SIZES = {
+    "tiny": ModelSize(),
+    "small": ModelSize(unet=(64, 128, 192), conditioning=(32, 48, 64), autoencoder=(24, 48, 64), encoder_blocks=(1, 2, 3)),
+}
+
+
+@dataclass
+class RolloutResult:
+    """Final latent (B,C,h,w) before scaling and the decoded picture (B,3,H,W), nominal [-1, 1]."""
+
+    latent_BChw: Tensor
+    output_B3HW: Tensor
+
+
+class Restorer(nn.Module):
+    """U-Net, autoencoder and (from stage 3 on) ARTG, with the DDIM arithmetic of the checkpoint's scheduler."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: TemporalAutoencoderTiny,
+        scheduler: DDIMScheduler,
+        controlnet: ControlNetModel | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet, self.vae, self.controlnet = unet, vae, controlnet
+        self.scheduler_config = scheduler.config
+        self.register_buffer("alphas", scheduler.alphas_cumprod.clone(), persistent=False)
+        self.final_alpha = float(scheduler.final_alpha_cumprod)
+
+    @classmethod
+    def create(cls, size: ModelSize) -> Restorer:
+        """Build a model with fresh weights."""
+        levels = len(size.unet)
+        unet = UNet2DConditionModel(
+            in_channels=size.latent_channels + 3,
+            out_channels=size.latent_channels,
+            block_out_channels=size.unet,
+            layers_per_block=size.layers,
+            down_block_types=("DownBlock2D",) * levels,
+            mid_block_type="UNetMidBlock2D",
+            up_block_types=("UpBlock2D",) * levels,
+            norm_num_groups=size.groups,
+            cross_attention_dim=PROMPT_WIDTH,
+            attention_head_dim=8,
+        )
+        vae = TemporalAutoencoderTiny(
+            encoder_block_out_channels=size.autoencoder,
+            decoder_block_out_channels=size.autoencoder[::-1],
+            num_encoder_blocks=size.encoder_blocks,
+            num_decoder_blocks=size.encoder_blocks[::-1],
+            latent_channels=size.latent_channels,
+            temporal_input="unit",
+            encoder_temporal=False,
+        )
+        scheduler = DDIMScheduler(
+            num_train_timesteps=1000,
+            beta_start=0.0001,
+            beta_end=0.02,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            timestep_spacing="trailing",
+        )
+        return cls(unet, vae, scheduler)
+
+    def add_guidance(self, conditioning: tuple[int, ...]) -> None:
+        """Add ARTG as a ControlNet copied from the U-Net's encoder; its zero convolutions make it a no-op at first."""
+        self.controlnet = ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=conditioning)
+
+    def rollout(
+        self,
+        lr_B3hw: Tensor,
+        noise_BChw: Tensor,
+        timesteps: tuple[int, ...],
+        warped_B3HW: Tensor | None = None,
+        *,
+        artg: bool = True,
+        tpm: bool = True,
+        warped_tpm_B3HW: Tensor | None = None,
+    ) -> RolloutResult:
+        """Denoise `noise_BChw` over `timesteps` and decode, with guidance by the warped previous output if given."""
+        z = noise_BChw
+        prompt = z.new_zeros(len(z), 1, self.unet.config.cross_attention_dim)
+        guided = warped_B3HW is not None
+        embedding = None
+        if guided and artg and self.controlnet is not None:
+            embedding = self.controlnet.controlnet_cond_embedding(warped_B3HW)
+        for index, t in enumerate(timesteps):
+            x = torch.cat([z, lr_B3hw], dim=1)
+            down, mid = None, None
+            if embedding is not None:
+                down, mid = self._residuals(x, t, embedding)
+            v = self.unet(
+                x, t, prompt, down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False
+            )[0]
+            following = self.alphas[timesteps[index + 1]] if index + 1 < len(timesteps) else self.final_alpha
+            z = ddim_step(v, z, self.alphas[t], following)
+        latent = z / self.vae.config.scaling_factor
+        features = self.vae.encode_temporal(warped_B3HW) if guided and tpm else None
+        return RolloutResult(latent, self.vae.decode(latent, features))
+
+    def _residuals(self, x: Tensor, t: int, embedding: Tensor) -> tuple[list[Tensor], Tensor]:
+        net = self.controlnet
+        assert net is not None
+        time = net.time_embedding(net.time_proj(torch.full((len(x),), t, device=x.device)).to(x.dtype))
+        sample = net.conv_in(x) + embedding
+        skips = [sample]
+        for block in net.down_blocks:
+            sample, more = block(hidden_states=sample, temb=time)
+            skips += more
+        sample = net.mid_block(sample, time)
+        down = [conv(skip) for skip, conv in zip(skips, net.controlnet_down_blocks, strict=True)]
+        return down, net.controlnet_mid_block(sample)
+
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Return (latent, output) of `rollout`; the entry that distributed wrappers can intercept."""
+        result = self.rollout(*args, **kwargs)  # type: ignore[arg-type]
+        return result.latent_BChw, result.output_B3HW
+
+    def save(self, folder: Path, extra: dict[str, object]) -> None:
+        """Write the published folder layout, with `extra` merged into ``upriver.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        parts: dict[str, list[str | None]] = {
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["pipeline", "TemporalAutoencoderTiny"],
+            "controlnet": ["diffusers", "ControlNetModel"],
+            "text_encoder": [None, None],
+            "tokenizer": [None, None],
+        }
+        self.unet.save_pretrained(folder / "unet")
+        self.vae.save_pretrained(folder / "vae")
+        if self.controlnet is None:  # a stage-1 model still loads everywhere: its guidance is the zero-initialised no-op
+            guidance = ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=SIZES["tiny"].conditioning)
+            guidance.save_pretrained(folder / "controlnet")
+        else:
+            self.controlnet.save_pretrained(folder / "controlnet")
+        DDIMScheduler.from_config(FrozenDict(self.scheduler_config)).save_pretrained(folder / "scheduler")
+        index = {"_class_name": "StreamDiffVSRPipeline", **parts}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        prompt = torch.zeros(1, 1, self.unet.config.cross_attention_dim)
+        save_file({"prompt_embeds": prompt}, folder / "prompt_embeds.safetensors")
+        (folder / "upriver.json").write_text(json.dumps(extra, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Restorer:
+        """Read a folder in the published layout for training."""
+        has_guidance = (folder / "controlnet" / "config.json").exists()
+        controlnet = ControlNetModel.from_pretrained(folder / "controlnet") if has_guidance else None
+        return cls(
+            UNet2DConditionModel.from_pretrained(folder / "unet"),
+            TemporalAutoencoderTiny.from_pretrained(folder / "vae"),
+            DDIMScheduler.from_pretrained(folder / "scheduler"),
+            controlnet,
+        )
+
+
+def ddim_step(v: Tensor, z: Tensor, alpha: Tensor | float, following: Tensor | float) -> Tensor:
+    """One deterministic DDIM step with v-prediction; `alpha`, `following` are cumulative alphas (arXiv 2010.02502, eq. 12)."""
+    a, b = torch.as_tensor(alpha), torch.as_tensor(following)
+    clean = a.sqrt() * z - (1 - a).sqrt() * v
+    noise = a.sqrt() * v + (1 - a).sqrt() * z
+    return b.sqrt() * clean + (1 - b).sqrt() * noise
+
+
+def add_noise(latent_BChw: Tensor, noise_BChw: Tensor, alpha: Tensor) -> Tensor:
+    """Diffuse a latent to cumulative alpha `alpha` (scalar or (B,1,1,1))."""
+    return alpha.sqrt() * latent_BChw + (1 - alpha).sqrt() * noise_BChw
+
+
+def warp_previous(previous_B3HW: Tensor, flow_B2HW: Tensor) -> Tensor:
+    """Warp as the built-in models do at inference (exact mode)."""
+    return flow_warp(previous_B3HW, flow_B2HW, mode="exact")
+
+
+__all__ = [
+    "SCHEDULES",
+    "SIZES",
+    "ModelSize",
+    "Restorer",
+    "RolloutResult",
+    "add_noise",
+    "ddim_step",
+    "load_file",
+    "warp_previous",
+]
