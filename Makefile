@@ -2,6 +2,7 @@
 # make test       everything that takes less than about ten seconds a test
 # make test-all   the slow tests too
 # make lint       style, types and the layer rules
+# make docs       write docs/reference/cli.md from the commands
 #
 # Every target makes its own virtual environment first and only once. To use another place, Python or build of torch:
 #   make test VENV=/path/to/venv PYTHON=python3.12 PIP_ARGS="--extra-index-url <index with CPU builds>"
@@ -71,6 +72,9 @@ lint: $(STAMPS)/dev
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+docs: $(STAMPS)/dev
+	$(BIN)/python docs/reference/generate.py
 
 clean:
 	rm -rf $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
