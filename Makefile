@@ -55,7 +55,7 @@ $(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/torch
 venv: $(STAMPS)/dev  ## the environment of `make test` and `make lint`
 
 demo: $(STAMPS)/app
-	$(BIN)/upriver demo $(OUT)/demo
+	$(BIN)/python -m jobs.demo $(OUT)/demo
 
 test: $(STAMPS)/dev
 	$(BIN)/python -m pytest -m "not slow" --durations=15 $(PYTEST_ARGS)
