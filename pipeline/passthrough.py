@@ -1,0 +1,171 @@
+"""Everything of a source that is not the restored picture: copied packet by packet, never re-encoded.
+
+`Passthrough` reads the source a second time (only the other streams), adds matching streams to the output and hands
+packets over in step with the video, so that memory does not grow. What the output container cannot hold is named.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import av
+
+from pipeline.video_container import Limits, main_video_stream, open_input
+
+_ATTACHMENTS_IN = {"matroska"}
+# Text that describes the old encoding of the picture; wrong or meaningless for the new one.
+_STALE_VIDEO_TAGS = ("encoder", "duration", "bps", "number_of_frames", "number_of_bytes", "_statistics", "vendor_id")
+_CONTAINER_TAGS = ("major_brand", "minor_version", "compatible_brands", "encoder")
+
+
+class Passthrough:
+    """The copied streams of one source, bound to one output container.
+
+    Args:
+        path: the source file.
+        output: the container being written; its streams are added in the source's order.
+        muxer: libav's name of the output format.
+
+    Attributes:
+        warnings: what cannot be carried, in words.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], output: av.container.OutputContainer, muxer: str) -> None:
+        self.warnings: list[str] = []
+        self._source = open_input(path, Limits())
+        self._output = output
+        self._muxer = muxer
+        self._map: dict[int, Any] = {}
+        self._main_index = main_video_stream(self._source, str(path)).index
+        self._packets: Iterator[av.Packet] | None = None
+        self._waiting: av.Packet | None = None
+
+    def streams_before_main(self) -> None:
+        """Add the streams that come before the picture; call before the video stream is added."""
+        self._add(stream for stream in self._source.streams if stream.index < self._main_index)
+
+    def streams_after_main(self) -> None:
+        """Add the remaining streams, chapters and the file's tags; call after the video stream was added."""
+        self._add(stream for stream in self._source.streams if stream.index > self._main_index)
+        chapters = self._source.chapters()
+        if chapters:
+            if self._muxer in ("mpegts",):
+                self.warnings.append(f"{len(chapters)} chapters: {self._muxer} has none")
+            else:
+                self._output.set_chapters(chapters)
+        for key, value in self._source.metadata.items():
+            if key.lower() not in _CONTAINER_TAGS:
+                self._output.metadata[key] = value
+        wanted = [stream for stream in self._source.streams if stream.index in self._map]
+        for stream in self._source.streams:
+            if stream.index not in self._map:
+                stream.discard = av.stream.Discard.all
+        if wanted:
+            self._packets = self._source.demux(wanted)
+
+    def describe_main(self, stream: av.video.stream.VideoStream) -> None:
+        """Copy tags and disposition of the source's picture to the new video stream."""
+        main = self._source.streams[self._main_index]
+        for key, value in main.metadata.items():
+            if not key.lower().startswith(_STALE_VIDEO_TAGS):
+                stream.metadata[key] = value
+        stream.disposition = main.disposition
+        if self._muxer == "mpegts":
+            stream.id = main.id
+
+    def mux_until(self, time_s: Fraction | None) -> None:
+        """Write the copied packets that belong before `time_s`; None writes all that are left."""
+        while True:
+            packet = self._waiting or self._next()
+            self._waiting = packet
+            if packet is None:
+                return
+            at = packet.dts if packet.dts is not None else packet.pts
+            if time_s is not None and at is not None and packet.time_base and at * packet.time_base > time_s:
+                return
+            self._waiting = None
+            packet.stream = self._map[packet.stream.index]
+            self._output.mux(packet)
+
+    def close(self) -> None:
+        """Release the source file."""
+        self._source.close()
+
+    def _next(self) -> av.Packet | None:
+        if self._packets is None:
+            return None
+        while True:
+            try:
+                packet = next(self._packets)
+            except StopIteration:
+                self._packets = None
+                return None
+            except (av.FFmpegError, EOFError) as error:
+                self._packets = None
+                self.warnings.append(f"the copied streams end early: {getattr(error, 'strerror', error)}")
+                return None
+            # The empty packets at the end only flush decoders.
+            if packet.size and packet.stream.index in self._map and (packet.dts is not None or packet.pts is not None):
+                return packet
+
+    def _add(self, streams: Iterator[Any]) -> None:
+        for stream in streams:
+            name = _describe(stream)
+            if stream.type == "attachment":
+                self._attach(stream, name)
+                continue
+            if stream.type == "data" and _is_regenerated(stream, self._source):
+                continue
+            problem = self._refusal(stream)
+            if problem:
+                self.warnings.append(f"{name} cannot be stored in {self._muxer} and was left out ({problem})")
+                continue
+            copy = self._output.add_stream_from_template(stream)
+            copy.metadata.update(
+                {key: value for key, value in stream.metadata.items() if key.lower() not in ("encoder", "vendor_id")}
+            )
+            copy.disposition = stream.disposition
+            if self._muxer == "mpegts":
+                copy.id = stream.id
+            self._map[stream.index] = copy
+
+    def _attach(self, stream: Any, name: str) -> None:
+        if self._muxer not in _ATTACHMENTS_IN:
+            self.warnings.append(f"{name} was left out: {self._muxer} has no attachments; .mkv has")
+            return
+        data = stream.data
+        copy = self._output.add_attachment(stream.name or "attachment", stream.mimetype or "", data)
+        copy.metadata.update(stream.metadata)
+
+    def _refusal(self, stream: Any) -> str | None:
+        """Why the output format cannot hold this stream, found by writing a header with it alone; None if it can."""
+        trial = av.open(io.BytesIO(), mode="w", format=self._muxer)
+        try:
+            trial.add_stream_from_template(stream)
+            trial.start_encoding()
+        except (av.FFmpegError, ValueError) as error:
+            return str(getattr(error, "strerror", None) or error)
+        finally:
+            try:
+                trial.close()
+            except (av.FFmpegError, ValueError):
+                pass
+        return None
+
+
+def _is_regenerated(stream: Any, source: av.container.InputContainer) -> bool:
+    """Time code tracks and chapter text: written anew by the muxer from the tags and the chapters."""
+    if "timecode" in stream.metadata and any("timecode" in other.metadata for other in source.streams.video):
+        return True
+    return stream.name == "bin_data" and bool(source.chapters()) and source.format.name.startswith("mov")
+
+
+def _describe(stream: Any) -> str:
+    context = stream.codec_context
+    codec = context.codec.canonical_name if context is not None else (stream.name or "unknown")
+    language = stream.metadata.get("language")
+    return f"stream {stream.index} ({stream.type}, {codec}{', ' + language if language else ''})"

@@ -1,0 +1,122 @@
+"""Opening a local file with libav, and nothing else than a local file.
+
+The demuxers are named one by one: formats that fetch other files (HLS, DASH, concat, SDP, image patterns, AVISynth)
+are not in the list, the only protocol is `file`, and the declared size is checked before a decoder allocates for it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+
+from pipeline.video_errors import FrameTooLarge, FrameTooSmall, NoVideoStream, UnreadableVideo, VideoNotFound
+
+# Self-contained formats only. `mov` resolves references to other files only with an option that is never set here.
+DEMUXERS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,ogg,flv,asf,mxf,dv,yuv4mpegpipe,nut"  # fmt: skip
+)
+_PROTOCOLS = "file"
+_MAX_STREAMS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a source may ask for; checked on the header, before a picture is allocated.
+
+    `min_side` is the smallest picture that the model restores; `max_side` and `max_pixels` bound memory.
+    """
+
+    min_side: int = 16
+    max_side: int = 8192
+    max_pixels: int = 8192 * 4320
+
+
+def check_size(width: int, height: int, limits: Limits, name: str) -> None:
+    """Raise `FrameTooLarge` or `FrameTooSmall` with the size, the limit and what can be done."""
+    if width > limits.max_side or height > limits.max_side or width * height > limits.max_pixels:
+        raise FrameTooLarge(
+            f"{name} declares {width}x{height} pixels; the limit is {limits.max_side} a side and "
+            f"{limits.max_pixels} in all.",
+            remedy="Scale it down first, or raise the limit if the header is right.",
+        )
+    if width < limits.min_side or height < limits.min_side:
+        raise FrameTooSmall(
+            f"{name} is {width}x{height} pixels; the smallest side that can be restored is {limits.min_side}.",
+            remedy="Enlarge it first by plain interpolation.",
+        )
+
+
+def open_input(path: str | os.PathLike[str], limits: Limits) -> av.container.InputContainer:
+    """Open a local media file for reading.
+
+    Raises:
+        VideoNotFound: nothing there, or not a file.
+        UnreadableVideo: empty, not media, a format that is not allowed, or a header that cannot be read.
+        FrameTooLarge: the first video stream declares a size beyond the limits.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise VideoNotFound(f"{file} does not exist.")
+    if not file.is_file():
+        raise VideoNotFound(f"{file} is not a file.", remedy="Give a video file, or a folder of PNG or JPEG pictures.")
+    if not os.access(file, os.R_OK):
+        raise UnreadableVideo(f"{file} may not be read.", remedy="Change its permissions.")
+    if file.stat().st_size == 0:
+        raise UnreadableVideo(f"{file} is empty (0 bytes).", remedy="Copy or download it again.")
+    try:
+        # `file:` keeps a name with a colon in it from being taken for a protocol.
+        return av.open(
+            f"file:{file.absolute()}",
+            mode="r",
+            options={"max_pixels": str(limits.max_pixels)},
+            container_options={
+                "protocol_whitelist": _PROTOCOLS,
+                "format_whitelist": DEMUXERS,
+                "max_streams": str(_MAX_STREAMS),
+            },
+            metadata_errors="replace",
+        )
+    except (av.FFmpegError, ValueError, EOFError, OSError) as error:
+        raise UnreadableVideo(
+            f"{file} cannot be opened as video ({_reason(error)}).",
+            remedy="Check that it is a complete video file of a supported kind.",
+        ) from error
+
+
+def main_video_stream(container: av.container.InputContainer, name: str) -> av.video.stream.VideoStream:
+    """The stream to restore: the default one, else the largest; never a cover picture.
+
+    Raises:
+        NoVideoStream: there is none.
+        UnreadableVideo: there is one, but this build has no decoder for it.
+    """
+    still = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    moving = [stream for stream in container.streams.video if not stream.disposition & still]
+    if not moving:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise NoVideoStream(f"{name} has no video stream (found: {kinds}).")
+    best = max(
+        moving,
+        key=lambda stream: (
+            bool(stream.disposition & av.stream.Disposition.default),
+            stream.codec_context.width * stream.codec_context.height if stream.codec_context else 0,
+            -stream.index,
+        ),
+    )
+    if best.codec_context is None:
+        raise UnreadableVideo(
+            f"{name}: no decoder for the codec of video stream {best.index}.",
+            remedy="Convert it to a common codec without loss (FFV1, H.264 lossless) first.",
+        )
+    return best
+
+
+def _reason(error: BaseException) -> str:
+    """The library's own words without its paths and numbers."""
+    text = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, ValueError) and "Invalid argument" in text:
+        return "not a supported container format"
+    return text or type(error).__name__

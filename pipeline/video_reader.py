@@ -1,0 +1,267 @@
+"""Reading a video picture by picture, in presentation order and constant memory.
+
+The reader knows nothing of what happens to the pictures. Damage does not stop it: what decodes is delivered, and
+`damage` says in plain words what did not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import av
+import numpy as np
+
+from pipeline.colour import to_rgb
+from pipeline.image_sequence import ImageSequence
+from pipeline.interlacing import Deinterlacer
+from pipeline.video_container import Limits, check_size, main_video_stream, open_input
+from pipeline.video_errors import UnreadableVideo
+from pipeline.video_probe import VideoInfo, probe
+
+Deinterlace = Literal["auto", "on", "off"]
+# What a picture carries beside its pixels and what an encoder can put back.
+_CARRIED_SIDE_DATA = {"A53_CC": "a53_cc"}
+_MAX_NOTES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class VideoFrame:
+    """One picture.
+
+    `rgb_HWC` is uint8, or uint16 in full scale for sources deeper than 8 bits. `pts` and `duration` are in units of
+    `time_base` (0 = unknown duration). `index` counts presented pictures from 0. `side_data` holds (name, bytes)
+    of what belongs to this picture and is not pixels, such as closed captions.
+    """
+
+    rgb_HWC: np.ndarray
+    pts: int
+    time_base: Fraction
+    duration: int
+    index: int
+    key_frame: bool
+    side_data: tuple[tuple[str, bytes], ...] = ()
+
+
+class VideoReader:
+    """Iterate over the pictures of a file or of a folder of PNG or JPEG pictures; a context manager.
+
+    Args:
+        path: the source.
+        deinterlace: "auto" filters when the source is interlaced, "on" always, "off" never.
+        limits: see `Limits`.
+        threads: decoder threads; the pictures do not depend on it.
+        start_pts, stop_pts: deliver only pictures with start_pts <= pts < stop_pts (stream time base); the file is
+            read from the key frame before. For tasks that restore one shot.
+        first_index: the index of the first delivered picture.
+        info: what `probe` said of this path, to save probing again.
+
+    Attributes:
+        info: the probed source.
+        damage: filled while reading; empty means that everything decoded.
+
+    Raises:
+        VideoNotFound, UnreadableVideo, NoVideoStream, FrameTooLarge, FrameTooSmall: see `video_errors`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        deinterlace: Deinterlace = "auto",
+        limits: Limits | None = None,
+        threads: int = 2,
+        start_pts: int | None = None,
+        stop_pts: int | None = None,
+        first_index: int = 0,
+        info: VideoInfo | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.info = info or probe(path, limits=self.limits)
+        self.damage: list[str] = []
+        self.frames_read = 0
+        self._path = Path(path)
+        self._threads = threads
+        self._start_pts, self._stop_pts = start_pts, stop_pts
+        self._first_index = first_index
+        self._deinterlacer: Deinterlacer | None = None
+        if deinterlace == "on" or (deinterlace == "auto" and self.info.interlaced):
+            self._deinterlacer = Deinterlacer(every=deinterlace == "on" or not self.info.interlaced_flagged)
+        self._container: av.container.InputContainer | None = None
+        self._last_pts: int | None = None
+        self._size_noted = False
+
+    @property
+    def deinterlaces(self) -> bool:
+        """Whether the pictures go through the deinterlacer."""
+        return self._deinterlacer is not None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file; safe to call again."""
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        frames = self._sequence() if self.info.is_sequence else self._file()
+        for frame in frames:
+            self.frames_read += 1
+            yield frame
+        self._check_count()
+
+    def _sequence(self) -> Iterator[VideoFrame]:
+        sequence = ImageSequence(self._path, self.limits)
+        for index, picture in enumerate(sequence.pictures(self.damage)):
+            if picture is None or not self._wanted(index):
+                continue
+            rgb_HWC = to_rgb(picture, self.info.colour, width=self.info.width, height=self.info.height)
+            yield VideoFrame(
+                rgb_HWC, index, self.info.time_base, 1, self._first_index + self.frames_read, key_frame=True
+            )
+
+    def _file(self) -> Iterator[VideoFrame]:
+        container = self._container = open_input(self._path, self.limits)
+        stream = main_video_stream(container, self._path.name)
+        context = stream.codec_context
+        context.thread_count = self._threads
+        context.thread_type = "AUTO"
+        context.options = {"max_pixels": str(self.limits.max_pixels)}
+        for other in container.streams:
+            if other.index != stream.index:
+                other.discard = av.stream.Discard.all
+        if self._start_pts is not None:
+            # The deinterlacer needs the picture before the first wanted one, hence strictly before.
+            container.seek(self._start_pts - int(self.deinterlaces), stream=stream, backward=True)
+        time_base = stream.time_base or self.info.time_base
+        for decoded in self._decoded(container, stream):
+            self._stamp(decoded)
+            if self._deinterlacer is None:
+                pictures: Iterator[av.VideoFrame] = iter((decoded,))
+            else:
+                pictures = self._deinterlacer.push(decoded, time_base)
+            for picture in pictures:
+                if self._past_the_end(picture):
+                    return
+                if self._wanted(picture.pts):
+                    yield self._frame(picture, time_base)
+        if self._deinterlacer is not None:
+            for picture in self._deinterlacer.flush():
+                if self._wanted(picture.pts):
+                    yield self._frame(picture, time_base)
+
+    def _decoded(
+        self, container: av.container.InputContainer, stream: av.video.stream.VideoStream
+    ) -> Iterator[av.VideoFrame]:
+        """Every picture that can be decoded; what goes wrong is noted."""
+        packets = container.demux(stream)
+        broken = 0
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                break
+            except (av.FFmpegError, EOFError) as error:
+                self._note(f"the container ends in damage ({_words(error)})")
+                yield from self._drain(stream)
+                break
+            if packet.is_corrupt:
+                self._note(f"a packet is incomplete{_at(packet.pts, stream.time_base)}")
+            try:
+                frames = packet.decode()
+            except (av.FFmpegError, EOFError) as error:
+                broken += 1
+                self._note(f"a picture cannot be decoded{_at(packet.pts, stream.time_base)} ({_words(error)})")
+                continue
+            for frame in frames:
+                if frame.is_corrupt:
+                    self._note(f"a picture is damaged and concealed{_at(frame.pts, stream.time_base)}")
+                yield frame
+        if broken and not self.frames_read and self._last_pts is None:
+            raise UnreadableVideo(
+                f"{self._path.name}: none of its pictures can be decoded.", remedy="Recover it or use another copy."
+            )
+
+    def _drain(self, stream: av.video.stream.VideoStream) -> Iterator[av.VideoFrame]:
+        try:
+            yield from stream.codec_context.decode(None)
+        except (av.FFmpegError, EOFError):
+            return
+
+    def _stamp(self, frame: av.VideoFrame) -> None:
+        """Give every picture a time stamp above the one before; containers without stamps get the average rate."""
+        rate, time_base = self.info.average_rate, self.info.time_base
+        step = max(1, round(1 / (rate * time_base)))
+        pts = frame.pts
+        if pts is None:
+            pts = self.info.start_pts if self._last_pts is None else self._last_pts + step
+        elif self._last_pts is not None and pts <= self._last_pts:
+            self._note(f"a time stamp does not increase{_at(pts, time_base)}")
+            pts = self._last_pts + 1
+        frame.pts = self._last_pts = pts
+
+    def _wanted(self, pts: int | None) -> bool:
+        at = pts or 0
+        return (self._start_pts is None or at >= self._start_pts) and (self._stop_pts is None or at < self._stop_pts)
+
+    def _past_the_end(self, frame: av.VideoFrame) -> bool:
+        return self._stop_pts is not None and (frame.pts or 0) >= self._stop_pts
+
+    def _frame(self, picture: av.VideoFrame, time_base: Fraction) -> VideoFrame:
+        info = self.info
+        if (picture.width, picture.height) != (info.width, info.height):
+            check_size(picture.width, picture.height, self.limits, self._path.name)
+            if not self._size_noted:
+                self._size_noted = True
+                self._note(
+                    f"the picture size changes to {picture.width}x{picture.height}{_at(picture.pts, time_base)}; "
+                    f"such pictures are scaled to {info.width}x{info.height}"
+                )
+        carried = tuple(
+            (_CARRIED_SIDE_DATA[item.type.name], bytes(item))
+            for item in picture.side_data
+            if item.type.name in _CARRIED_SIDE_DATA
+        )
+        return VideoFrame(
+            rgb_HWC=to_rgb(picture, info.colour, width=info.width, height=info.height, threads=self._threads),
+            pts=picture.pts or 0,
+            time_base=time_base,
+            duration=picture.duration or 0,
+            index=self._first_index + self.frames_read,
+            key_frame=bool(picture.key_frame),
+            side_data=carried,
+        )
+
+    def _check_count(self) -> None:
+        """A container that counts its pictures tells when some are missing at the end."""
+        if self._start_pts is not None or self._stop_pts is not None or self.info.is_sequence:
+            return
+        promised = self.info.frames if self.info.container.startswith("mov") else None
+        if promised and self.frames_read < promised:
+            self._note(f"{self.frames_read} of {promised} pictures could be decoded")
+
+    def _note(self, text: str) -> None:
+        if len(self.damage) < _MAX_NOTES:
+            self.damage.append(text)
+        elif len(self.damage) == _MAX_NOTES:
+            self.damage.append("and more of the like")
+
+
+def _at(pts: int | None, time_base: Fraction | None) -> str:
+    return f" at {float(pts * time_base):.3f} s" if pts is not None and time_base else ""
+
+
+def _words(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error)
