@@ -1,7 +1,7 @@
 """The root of the errors raised by `actors`, and the class of a failure: what kind of thing went wrong with one task.
 
-A failure travels from a worker to the driver as a small record, not as an exception: the class decides there whether the
-task is tried again, whether the other tasks go on, and which exit status the whole job ends with.
+A failure travels from a worker to the driver as a small record, not as an exception: the class decides there whether
+the task is tried again, whether the other tasks go on, and which exit status the whole job ends with.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TypedDict
 
 from infra.errors import CodedError, InfraError, SettingsError
 from pipeline.errors import CheckpointError, FlowError, PipelineError, ScheduleError, StateError
+from pipeline.video_errors import DestinationError, EncodeError, UnsupportedOutput
 
 
 class ActorsError(CodedError):
@@ -48,9 +49,15 @@ def failure_class(error: BaseException) -> FailureClass:
     """Return the class of `error`; anything that is not one of this project's own errors is judged by its type."""
     if isinstance(error, CheckpointError | FlowError | ScheduleError | StateError):
         return FailureClass.MODEL
+    if isinstance(error, SettingsError | UnsupportedOutput):
+        return FailureClass.OPTIONS
+    if isinstance(error, DestinationError):
+        return FailureClass.STORAGE
+    if isinstance(error, EncodeError):
+        return FailureClass.ENCODE
     if isinstance(error, PipelineError):
-        return FailureClass.ENCODE if error.code.startswith("encode") else FailureClass.SOURCE
-    if isinstance(error, SettingsError):
+        return FailureClass.SOURCE
+    if isinstance(error, ActorsError):
         return FailureClass.OPTIONS
     if isinstance(error, InfraError):
         return FailureClass.STORAGE

@@ -1,7 +1,7 @@
 """Ray: start it quietly on this machine, or join the cluster that `RAY_ADDRESS` names.
 
-A Ray that somebody else started in this process is used and left running. Nothing Ray says by itself reaches the terminal:
-what went wrong is told by the errors of the tasks.
+A Ray that somebody else started in this process is used and left running. Nothing that Ray says by itself reaches the
+terminal: what went wrong is told by the errors of the tasks.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Cluster:
 
 
 @contextmanager
-def connected(num_cpus: int | None = None) -> Iterator[Cluster]:
+def connected(num_cpus: int) -> Iterator[Cluster]:
     """Yield a `Cluster` to run tasks on; a Ray that was started or joined for it is shut down at the end.
 
     Args:
-        num_cpus: logical CPUs of a Ray started here; None takes all cores that this process may use.
+        num_cpus: logical CPUs of a Ray that is started here.
 
     Raises:
         InfraError: the cluster cannot be reached or Ray does not start.
@@ -51,7 +51,7 @@ def connected(num_cpus: int | None = None) -> Iterator[Cluster]:
             if address == "local":
                 ray.init(
                     address="local",
-                    num_cpus=num_cpus or usable_cores(),
+                    num_cpus=num_cpus,
                     include_dashboard=False,
                     configure_logging=True,
                     logging_level=logging.CRITICAL,
@@ -81,13 +81,6 @@ def connected(num_cpus: int | None = None) -> Iterator[Cluster]:
     finally:
         if ours:
             ray.shutdown()
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use (a container or `taskset` may allow fewer than there are)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _quieten() -> None:

@@ -1,8 +1,8 @@
 """Settings of the command line and where each value came from.
 
-Order of precedence: flags, then `UPRIVER_*` in the environment, then the configuration file, then defaults. The file is
-TOML with the same names as below: the one named by `--config` or `UPRIVER_CONFIG`, otherwise `upriver/config.toml` in the
-user's configuration folder. Knows nothing of models or videos: values are checked for type and range only.
+Order of precedence: flags, then `UPRIVER_*` in the environment, then the configuration file, then defaults. The file
+is TOML with the same names as below: the one named by `--config` or `UPRIVER_CONFIG`, otherwise `upriver/config.toml` in
+the user's configuration folder. Knows nothing of models or videos: values are checked for type and range only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from infra.errors import SettingsError
 
 ENV_PREFIX = "UPRIVER_"
 
+# The encoder's choices, as `pipeline.encoder_options` has them; a test holds the two together.
+Codec = Literal["h264", "hevc", "av1", "vp9", "ffv1", "prores"]
+Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
+PixelFormat = Literal["auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10", "yuv422p10", "yuv444p10"]
+
 
 class Settings(BaseSettings):
     """Everything that can be set by a flag, the environment or a file. Build it with `load_settings`."""
@@ -29,7 +34,7 @@ class Settings(BaseSettings):
 
     model: str = Field(default="tiny", description="built-in name, folder or hub id of the model")
     steps: int | None = Field(
-        default=None, ge=1, le=4, description="denoising steps per frame; none: the model's default"
+        default=None, ge=1, le=50, description="denoising steps per frame; none: the model's default"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise; equal seeds give equal pictures")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N")
@@ -42,10 +47,10 @@ class Settings(BaseSettings):
     )
     scale: int = Field(default=4, ge=2, le=4, description="output size over input size")
     height: int | None = Field(default=None, ge=16, le=16384, description="output height in pixels instead of a scale")
-    codec: Literal["h264", "hevc", "av1", "vp9", "ffv1", "prores"] = Field(default="h264", description="video codec")
+    codec: Codec | None = Field(default=None, description="video codec; none: by the container and the bit depth")
     crf: int | None = Field(default=None, ge=0, le=63, description="quality of the codec, lower is better")
-    preset: str | None = Field(default=None, description="speed preset of the codec")
-    pix_fmt: str | None = Field(default=None, description="pixel format; none: chosen by the source's bit depth")
+    preset: Preset = Field(default="medium", description="speed of the encoder")
+    pix_fmt: PixelFormat = Field(default="auto", description="pixel format; auto: as close to the source as possible")
     deinterlace: Literal["auto", "on", "off"] = Field(default="auto", description="deinterlace before restoring")
     cuts: bool = Field(default=True, description="start the stream's memory afresh at each cut")
     actors: int | None = Field(default=None, ge=1, le=4096, description="workers; none: one per GPU, or one on the CPU")
@@ -53,7 +58,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         default=None, ge=1, le=256, description="CPU threads of each worker; none: all its cores"
     )
-    max_pixels: int = Field(default=8192 * 8192, ge=256, description="largest frame accepted, in pixels")
+    max_pixels: int = Field(default=8192 * 4320, ge=256, description="largest frame accepted, in pixels")
 
     @classmethod
     def settings_customise_sources(

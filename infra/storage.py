@@ -1,6 +1,6 @@
 """Places that files are read from and written to, behind one small interface.
 
-Local paths are served here; an object store fits the same seven verbs, which are those that have an exact meaning there
+Local paths are served here; an object store fits the same verbs, which are those that have an exact meaning there
 too: a write is whole or absent, `if_absent` is decided by the store and not by a look beforehand, nothing is appended.
 Knows nothing of videos or jobs.
 """
@@ -8,6 +8,7 @@ Knows nothing of videos or jobs.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from infra.errors import StorageError
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """What a store knows of one file without reading it.
+    """What a store knows of one file, or of all files of a folder together, without reading them.
 
     `version` changes whenever the content may have changed (an etag; size and modification time for local files).
     """
@@ -33,10 +34,10 @@ class FileInfo:
 
 
 class Storage(Protocol):
-    """The seven verbs. Every method raises `StorageError` when the place cannot be used."""
+    """The verbs. Every method raises `StorageError` when the place cannot be used."""
 
     def stat(self, place: str) -> FileInfo | None:
-        """Return what is known of the file at `place`, or None when there is none."""
+        """Return what is known of the file or folder at `place`, or None when there is none."""
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
         """Yield every file under `prefix`, in sorted order."""
@@ -52,6 +53,9 @@ class Storage(Protocol):
 
     def delete(self, place: str) -> None:
         """Delete the file or the tree at `place`; nothing there is no error."""
+
+    def make_folder(self, place: str) -> None:
+        """Make a folder for unfinished local files, with its parents."""
 
     def check_writable(self, place: str) -> None:
         """Raise unless a file could be written at `place`; leaves nothing behind."""
@@ -82,7 +86,15 @@ class LocalStorage:
                 found = _path(place).stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+            if _path(place).is_dir():
+                return self._stat_tree(place)
         return FileInfo(place, found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
+
+    def _stat_tree(self, place: str) -> FileInfo:
+        files = list(self.list(place))
+        versions = "".join(f"{os.path.relpath(file.place, place)} {file.version}\n" for file in files)
+        digest = hashlib.sha256(versions.encode()).hexdigest()
+        return FileInfo(place, sum(file.size_bytes for file in files), digest)
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
         def refuse(error: OSError) -> None:
@@ -119,6 +131,8 @@ class LocalStorage:
         path = _path(place)
         with _translated("write", place):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir() and not if_absent:
+                shutil.rmtree(path)  # a folder of pictures cannot be replaced by a rename
             self._move(local_file, path, if_absent)
 
     def delete(self, place: str) -> None:
@@ -128,6 +142,10 @@ class LocalStorage:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def make_folder(self, place: str) -> None:
+        with _translated("write", place):
+            _path(place).mkdir(parents=True, exist_ok=True)
 
     def check_writable(self, place: str) -> None:
         """Raise unless a file could be written at `place`. Folders that it would need are made and removed again."""

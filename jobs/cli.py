@@ -33,7 +33,12 @@ _ParserError: type[Exception] = typer.BadParameter.__mro__[1]
 Source = Annotated[
     str, typer.Argument(help="A video, a folder of pictures, or a folder of videos.", show_default=False)
 ]
-Destination = Annotated[str, typer.Argument(help="The file or folder to write.", show_default=False)]
+Destination = Annotated[
+    str,
+    typer.Argument(
+        help="The file to write, a folder for videos, or a new name without ending for pictures.", show_default=False
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Config = Annotated[
@@ -98,17 +103,19 @@ def restore(
     height: Height = None,
     codec: Annotated[
         Literal["h264", "hevc", "av1", "vp9", "ffv1", "prores"] | None,
-        typer.Option(help="Video codec of the output. [default: h264]", show_default=False),
+        typer.Option(help="Video codec. [default: by container and bit depth]", show_default=False),
     ] = None,
     crf: Annotated[
         int | None,
-        typer.Option(help="Quality of the codec, lower is better. [default: the codec's]", show_default=False),
+        typer.Option(help="Quality of the codec, lower is better. [default: nearly lossless]", show_default=False),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Speed preset of the codec. [default: the codec's]", show_default=False)
+        Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"] | None,
+        typer.Option(help="Speed of the encoder. [default: medium]", show_default=False),
     ] = None,
     pix_fmt: Annotated[
-        str | None, typer.Option(help="Pixel format. [default: by the source's bit depth]", show_default=False)
+        Literal["auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10", "yuv422p10", "yuv444p10"] | None,
+        typer.Option(help="Pixel format. [default: auto, as the source]", show_default=False),
     ] = None,
     deinterlace: Annotated[
         Literal["auto", "on", "off"] | None,
@@ -219,7 +226,7 @@ def evaluate(ctx: typer.Context) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `upriver` with `arguments` (default: those of the process) and return its exit status; never raises for bad input."""
+    """Run `upriver` with `arguments` (default: the process's) and return the exit status; never raises for bad input."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return int(app(args=typed, prog_name="upriver", standalone_mode=False) or 0)

@@ -1,0 +1,189 @@
+"""The restoration of one row: a reader, the model and a writer, each in a thread of its own, and the stream's state.
+
+Knows one stream and no cluster. The state is the engine's; the cut detector looks at each frame as decoded, before the
+model does, and resets it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import ValidationError
+
+from actors.comparison import Comparison
+from actors.errors import ActorsError
+from actors.overlap import ReadAhead, WriteBehind
+from actors.pictures import Picture, resize
+from pipeline.frames import frame_to_tensor, tensor_to_frame
+from pipeline.video import EncoderOptions, Limits, VideoFrame, VideoInfo, VideoReader, VideoWriter
+from pipeline.video_errors import UnreadableVideo
+
+if TYPE_CHECKING:
+    from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+
+QUEUE_DEPTH = 4  # frames between decoder and model, and between model and encoder
+
+
+def output_size(info: VideoInfo, scale: int, height: int | None) -> tuple[int, int]:
+    """Return (width, height) of the output as coded.
+
+    Args:
+        scale: output size over input size.
+        height: height as seen, which for a clip filmed upright is the coded width; replaces `scale`. The other side
+            follows in proportion and is made even, because most codecs store colour for two by two pixels.
+    """
+    if height is None:
+        return info.width * scale, info.height * scale
+    if info.rotation_deg % 180:
+        return height, max(2, 2 * round(info.height * height / info.width / 2))
+    return max(2, 2 * round(info.width * height / info.height / 2)), height
+
+
+def encoder_options(options: dict[str, Any]) -> EncoderOptions:
+    """Return the typed options of the encoder; what was not asked for keeps its default.
+
+    Raises:
+        ActorsError: a value that the codec does not have.
+    """
+    asked = {name: options[name] for name in ("codec", "crf", "preset", "pix_fmt") if options[name] is not None}
+    try:
+        return EncoderOptions(**asked)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "codec"
+        raise ActorsError(
+            f"{name} {asked.get(name)!r} is not possible for codec {asked.get('codec', 'auto')}: {first['msg']}.",
+            code="encoder-options",
+            remedy=f"Change --{name.replace('_', '-')} or leave it out.",
+        ) from error
+
+
+class Restoration:
+    """A context manager around the restoration of one row; leaving it by an error removes what was written.
+
+    Args:
+        row: see `jobs.plan.Row`.
+        options: see `jobs.plan.RowOptions`.
+        threads: CPU threads that decoder and encoder may use each.
+
+    Attributes (complete after the context has been left):
+        frames_done, width, height; cuts: indices of first frames of shots; damage, warnings: sentences for people;
+        seconds: where the time went; comparison_files: paths of what `compare` made.
+
+    Raises:
+        PipelineError, ActorsError: the source cannot be read, or the options do not go together.
+    """
+
+    def __init__(
+        self,
+        pipe: StreamDiffVSRPipeline,
+        row: dict[str, Any],
+        options: dict[str, Any],
+        *,
+        threads: int,
+        max_pixels: int,
+    ) -> None:
+        self.frames_done = 0
+        self.cuts: list[int] = []
+        self.damage: list[str] = []
+        self.warnings: list[str] = []
+        self.comparison_files: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self._pipe = pipe
+        self._options = options
+        self._model_s = 0.0
+        self._state = pipe.start(seed=row["seed"], index=row["first_index"])
+        encoder = encoder_options(options)
+        self._reader = VideoReader(
+            row["source"],
+            deinterlace=options["deinterlace"],
+            limits=Limits(max_pixels=max_pixels),
+            threads=threads,
+            start_pts=row["pts_start"] if row["pts_start"] >= 0 else None,
+            stop_pts=row["pts_end"] if row["pts_end"] >= 0 else None,
+            first_index=row["first_index"],
+        )
+        info = self._reader.info
+        self.width, self.height = output_size(info, options["scale"], options["height"])
+        work_file = Path(row["work_file"])
+        self._writer = VideoWriter(
+            work_file, info, width=self.width, height=self.height, options=encoder, source_path=row["source"]
+        )
+        self._comparison: Comparison | None = None
+        if options["compare"]:
+            stem = work_file.with_suffix("")
+            self._comparison = Comparison(stem, info, width=self.width, height=self.height, truth=options["truth"])
+        self._frames = ReadAhead(self._reader, QUEUE_DEPTH)
+        self._results = WriteBehind(self._write, QUEUE_DEPTH)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if error is None:
+            try:
+                self._finish()
+                return
+            except BaseException:
+                self._abandon()
+                raise
+        self._abandon()
+
+    def run(self) -> Iterator[int]:
+        """Restore frame after frame; yields the number of frames done after each."""
+        detector = CutDetector() if self._options["cuts"] else None
+        for frame in self._frames:
+            if detector is not None and detector.update(frame.rgb_HWC):
+                self._state.reset()
+                self.cuts.append(frame.index)
+            began = time.perf_counter()
+            restored = self._step(frame.rgb_HWC)
+            self._model_s += time.perf_counter() - began
+            self._results.put((frame, restored))
+            self.frames_done += 1
+            yield self.frames_done
+
+    def _step(self, rgb_HWC: Picture) -> Picture:
+        output_13HW = self._pipe.step(frame_to_tensor(rgb_HWC), [self._state], steps=self._options["steps"])
+        return tensor_to_frame(output_13HW[0], rgb_HWC.dtype)
+
+    def _write(self, pair: tuple[VideoFrame, Picture]) -> None:
+        frame, restored = pair
+        picture = resize(restored, self.width, self.height)
+        self._writer.write(dataclasses.replace(frame, rgb_HWC=picture))
+        if self._comparison is not None:
+            self._comparison.write(frame, picture)
+
+    def _finish(self) -> None:
+        self._results.finish()
+        if self.frames_done == 0:
+            raise UnreadableVideo(
+                f"{self._reader.info.path.name}: no picture in it can be decoded.",
+                remedy="Recover it or use another copy.",
+            )
+        report = self._writer.close()
+        if self._comparison is not None:
+            self.comparison_files = self._comparison.close()
+        self._reader.close()
+        self.damage = list(self._reader.damage)
+        self.warnings = list(report.warnings)
+        self.seconds = {
+            "model": self._model_s,
+            "waited_for_decoder": self._frames.waited_s,
+            "waited_for_encoder": self._results.waited_s,
+        }
+
+    def _abandon(self) -> None:
+        self._frames.close()
+        self._results.close()
+        self._reader.close()
+        self._writer.abort()
+        if self._comparison is not None:
+            self._comparison.abort()

@@ -1,0 +1,161 @@
+"""What a finished job leaves beside its results: one manifest per video, and a ledger of failed attempts.
+
+A manifest exists only for a finished video: it is written after the video itself has its name. It says what the result was
+made from and with, so that the same command again knows that there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from actors.errors import Failure
+from infra.storage import storage_for
+from jobs.errors import DestinationError
+
+MANIFEST_SUFFIX = ".manifest.json"
+_COMPONENTS = ("upriver", "torch", "diffusers", "av", "ray", "numpy", "opencv-python-headless")
+
+
+class SourceRecord(BaseModel):
+    """The file that was restored."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: str
+    size_bytes: int
+    version: str
+    sha256: str | None
+
+
+class OutputRecord(BaseModel):
+    """The file that was written."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: str
+    size_bytes: int
+    sha256: str | None  # None for a folder of pictures
+    frames: int
+    width: int
+    height: int
+
+
+class ModelRecord(BaseModel):
+    """The model that was used and how it ran."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    sha256: str
+    device: str
+    dtype: str
+    flow: str
+
+
+class Manifest(BaseModel):
+    """Everything needed to know what a result is, and to make it again."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    manifest_version: Literal[1] = 1
+    run_id: str
+    source: SourceRecord
+    output: OutputRecord
+    model: ModelRecord
+    seed: int
+    options: dict[str, Any]
+    damage: list[str]
+    warnings: list[str]
+    cuts: list[int]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    finished_at: str
+
+
+def manifest_place(destination: str) -> str:
+    """Return where the manifest of a result lies."""
+    return f"{destination}{MANIFEST_SUFFIX}"
+
+
+def write_manifest(destination: str, manifest: Manifest) -> None:
+    """Write the manifest of a finished result, replacing an older one."""
+    storage_for(destination).write(manifest_place(destination), manifest.model_dump_json(indent=2).encode() + b"\n")
+
+
+def read_manifest(destination: str) -> Manifest | None:
+    """Return the manifest beside `destination`; None when there is none, or it is none of ours."""
+    storage = storage_for(destination)
+    if storage.stat(manifest_place(destination)) is None:
+        return None
+    try:
+        return Manifest.model_validate_json(storage.read(manifest_place(destination)))
+    except ValidationError:
+        return None
+
+
+def finished_already(destination: str, run_id: str, *, overwrite: bool) -> bool:
+    """Return whether the result of `run_id` is at `destination`, whole.
+
+    Raises:
+        DestinationError: something else is there and may not be replaced.
+    """
+    there = storage_for(destination).stat(destination)
+    if there is None:
+        return False
+    manifest = read_manifest(destination)
+    if manifest is not None and manifest.run_id == run_id and manifest.output.size_bytes == there.size_bytes:
+        return True
+    if overwrite:
+        return False
+    if manifest is None:
+        what = "and was not written by a finished run of this command"
+    else:
+        what = "and is the result of another source, model or set of options"
+    raise DestinationError(
+        f"{destination} exists already {what}.",
+        code="destination-exists",
+        remedy="Choose another destination, or replace it with --overwrite.",
+    )
+
+
+def component_versions() -> dict[str, str]:
+    """Return the installed version of each component that can change a result."""
+    found = {}
+    for name in _COMPONENTS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def timestamp() -> str:
+    """Return the time now in UTC, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Ledger:
+    """Failed attempts of a job, one JSON record a line, each on disk before the job goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[dict[str, object]] = []
+
+    def add(self, name: str, failure: Failure, *, attempt: int = 1, seconds: float = 0.0) -> None:
+        """Append one failed attempt."""
+        record: dict[str, object] = {
+            "time": timestamp(),
+            "name": name,
+            "attempt": attempt,
+            "seconds": round(seconds, 3),
+            **failure,
+        }
+        self.records.append(record)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,106 @@
+"""What a person sees of a restore job: a progress bar with frames, rate and time left, and a table at the end.
+
+Everything goes to stderr, so that `--json` has stdout for itself. Without a terminal there is no bar.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from actors.errors import Failure
+
+Status = Literal["restored", "damaged", "skipped", "failed"]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How one video ended."""
+
+    name: str
+    destination: str
+    status: Status
+    frames: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    size: str = ""
+    notes: list[str] = field(default_factory=list)
+    failure: Failure | None = None
+
+
+class _Rate(ProgressColumn):
+    """Frames per second since the first frame."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("- fps" if speed is None else f"{speed:.1f} fps")
+
+
+class ProgressBar:
+    """A bar over all frames of a job; a context manager. `note` changes the text in front of it."""
+
+    def __init__(self, total_frames: int | None, *, quiet: bool = False) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.fields[of]} frames"),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+            speed_estimate_period=60.0,
+        )
+        of = "?" if total_frames is None else str(total_frames)
+        self._task = self._progress.add_task("starting", total=total_frames, of=of)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """Show `text` in front of the bar."""
+        self._progress.update(self._task, description=text)
+
+    def show(self, frames_done: int) -> None:
+        """Show how many frames of the job are done."""
+        self._progress.update(self._task, completed=frames_done)
+
+
+def print_summary(outcomes: Sequence[Outcome]) -> None:
+    """Print one line per video to stderr: what became of it, how fast, and what to know about it."""
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("video", overflow="fold")
+    table.add_column("result")
+    table.add_column("size", no_wrap=True)
+    table.add_column("frames", justify="right")
+    table.add_column("fps", justify="right")
+    table.add_column("written to, or why not", overflow="fold")
+    for outcome in outcomes:
+        total_s = outcome.seconds.get("total", 0.0)
+        rate = f"{outcome.frames / total_s:.2f}" if total_s > 0 and outcome.frames else ""
+        told = [outcome.destination] if outcome.status != "failed" else []
+        table.add_row(
+            Text(outcome.name),
+            outcome.status,
+            outcome.size,
+            str(outcome.frames) if outcome.frames else "",
+            rate,
+            Text("\n".join([*told, *outcome.notes])),
+        )
+    console.print(table)
