@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import Final, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Final, Literal, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,7 @@ class DISFlow:
         padded = _pad(pairs.flatten(0, 1), minimum=_DIS_MINIMUM).unflatten(0, pairs.shape[:2])
         grey_2Bhw = _grey_levels(padded).numpy()
         # an object of its own for every call: it keeps buffers, and calls may come from several threads
-        estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        estimator: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         flows = [
             torch.from_numpy(estimator.calc(current, previous, None))
             for current, previous in zip(grey_2Bhw[0], grey_2Bhw[1], strict=True)

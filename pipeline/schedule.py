@@ -1,9 +1,8 @@
 """The denoising schedule: which timesteps a frame passes through, and the deterministic DDIM step between two of them.
 
 Knows: a checkpoint's DDIM configuration and its own timesteps for some step counts (``schedules`` in upriver.json).
-Does not
-know: networks, streams, why a stream asks for fewer steps. A policy that chooses the count per frame belongs here;
-all that the engine needs of it is the number.
+Does not know: networks, streams, why a stream asks for fewer steps. A policy that chooses the count per frame belongs
+here; all that the engine needs of it is the number.
 
 Shapes: B batch, C latent channels, h w latent size.
 """

@@ -1,0 +1,335 @@
+"""Where a model comes from: a built-in name, a folder in the published layout, or a hub id. Safetensors only.
+
+Knows: how a source becomes a folder, what must be in it, how weights are read and compared with what the configuration
+asks for, and the fingerprint by which streams know their model. Does not know: how a frame is restored.
+
+Layout: ``unet/``, ``controlnet/`` and ``vae/`` with ``config.json`` and ``diffusion_pytorch_model.safetensors`` each,
+``scheduler/scheduler_config.json``; ``prompt_embeds.safetensors`` or else ``tokenizer/`` and ``text_encoder/``;
+optionally ``upriver.json`` (see `pipeline.options`) and ``raft_large.safetensors``. ``model_index.json`` is not read:
+the published one names classes of another program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import torch
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.autoencoder import TemporalAutoencoderTiny
+from pipeline.errors import CheckpointError
+from pipeline.options import ModelOptions
+from pipeline.prompt import FILE_NAME as PROMPT_FILE
+from pipeline.prompt import load_prompt_embeds, save_prompt_embeds
+
+WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
+OPTIONS: Final = "upriver.json"
+RAFT_WEIGHTS: Final = "raft_large.safetensors"
+PICKLES: Final = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+
+_MODELS: Final = Path(__file__).parent / "models"
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES: Final = [
+    *(f"{part}/{name}" for part in ("unet", "controlnet", "vae") for name in ("config.json", WEIGHTS)),
+    *("scheduler/*.json", "tokenizer/*", "text_encoder/config.json", "text_encoder/model.safetensors"),
+    *("model_index.json", PROMPT_FILE, OPTIONS, RAFT_WEIGHTS),
+]
+# Conditioning by class (the noise level of the x4 upscaler) is not used by this method; files may still carry its
+# weights.
+_STRAY: Final = "class_embedding."
+
+logger = logging.getLogger(__name__)
+
+Network = TypeVar("Network", UNet2DConditionModel, ControlNetModel, TemporalAutoencoderTiny)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model in memory, fp32 as stored, on the CPU.
+
+    Attributes:
+        folder: where it was read from.
+        prompt_embeds_1TD: embedding of the empty prompt; None where no network has cross-attention and none is stored.
+        model_sha256: see `fingerprint`.
+        raft_weights: weights for the flow estimator that came with the checkpoint.
+        notes: what was ignored, in words.
+    """
+
+    folder: Path
+    unet: UNet2DConditionModel
+    controlnet: ControlNetModel
+    vae: TemporalAutoencoderTiny
+    scheduler: DDIMScheduler
+    prompt_embeds_1TD: Tensor | None
+    options: ModelOptions
+    model_sha256: str
+    raft_weights: Path | None
+    notes: tuple[str, ...]
+
+
+def built_in_models() -> list[str]:
+    """Return the names of the models that come with the package."""
+    return sorted(path.parent.name for path in _MODELS.glob("*/model_index.json"))
+
+
+def resolve(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the folder of a checkpoint: built-in name, else an existing folder, else a hub id.
+
+    Hub ids are fetched by ``huggingface_hub``; what is in its cache is used without a network. Only the files of the
+    layout are fetched.
+
+    Raises:
+        CheckpointError: the source is none of these, is a single file, or cannot be fetched.
+    """
+    name = os.fspath(source)
+    if name in built_in_models():
+        return _MODELS / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file() or path.suffix in PICKLES:
+        if path.suffix in PICKLES:
+            raise _pickle(path)
+        raise CheckpointError(
+            f"The model {name} is a file.", code="checkpoint-file", remedy="Give the folder of a checkpoint."
+        )
+    if _HUB_ID.fullmatch(name):
+        return _fetch(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    raise CheckpointError(
+        f"There is no model {name!r}: it is no built-in name ({', '.join(built_in_models())}), no folder, and no hub
+        id.", code="checkpoint-unknown", remedy="Give a built-in name, the path of a checkpoint folder, or a hub id
+        such as owner/name.",
+    )
+
+
+def load_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Read a checkpoint, and check every tensor against its configuration.
+
+    Args:
+        source, revision, cache_dir, local_files_only: see `resolve`.
+
+    Raises:
+        CheckpointError: it cannot be found or fetched, a file is missing or unreadable, weights are pickled, or a
+            tensor is missing, unknown or of the wrong shape (tensor, both shapes and file are named).
+    """
+    folder = resolve(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    notes: list[str] = []
+    options = _read_options(folder)
+    unet = _load_network(UNet2DConditionModel, folder / "unet", notes)
+    controlnet = _load_network(ControlNetModel, folder / "controlnet", notes)
+    vae = _load_network(TemporalAutoencoderTiny, folder / "vae", notes)
+    scheduler = DDIMScheduler.from_config(_read_json(folder / "scheduler" / "scheduler_config.json"))
+    prompt_embeds_1TD = None
+    if _reads_text(unet) or _reads_text(controlnet) or (folder / PROMPT_FILE).is_file():
+        prompt_embeds_1TD = load_prompt_embeds(folder, unet.config.cross_attention_dim)
+    raft_weights = folder / RAFT_WEIGHTS
+    for note in notes:
+        logger.info(note)
+    return Checkpoint(
+        folder=folder,
+        unet=unet,
+        controlnet=controlnet,
+        vae=vae,
+        scheduler=scheduler,
+        prompt_embeds_1TD=prompt_embeds_1TD,
+        options=options,
+        model_sha256=fingerprint(unet, controlnet, vae, scheduler, options),
+        raft_weights=raft_weights if raft_weights.is_file() else None,
+        notes=tuple(notes),
+    )
+
+
+def save_extras(folder: str | os.PathLike[str], prompt_embeds_1TD: Tensor, options: ModelOptions) -> None:
+    """Write what diffusers does not: ``prompt_embeds.safetensors`` and ``upriver.json``."""
+    save_prompt_embeds(Path(folder) / PROMPT_FILE, prompt_embeds_1TD)
+    (Path(folder) / OPTIONS).write_text(options.model_dump_json(indent=2, exclude_defaults=True) + "\n")
+
+
+def fingerprint(
+    unet: nn.Module, controlnet: nn.Module, vae: nn.Module, scheduler: DDIMScheduler, options: ModelOptions
+) -> str:
+    """Return a SHA-256 over all that decides what a stream looks like: weights, noise schedule, warp, noise, timesteps.
+
+    It is made from values, not from file bytes, so that a checkpoint keeps its fingerprint when it is saved again. The
+    precision counts: compute it before networks are cast. Ablation switches, the flow estimator and notes do not count.
+    """
+    digest = hashlib.sha256()
+    for name, network in (("unet", unet), ("controlnet", controlnet), ("vae", vae)):
+        for key, tensor in sorted(network.state_dict().items()):
+            digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(scheduler.alphas_cumprod.numpy().tobytes())
+    config = scheduler.config
+    decisive = {
+        "scheduler": [config.prediction_type, config.timestep_spacing, config.steps_offset, config.set_alpha_to_one],
+        "options": options.model_dump(mode="json", exclude_defaults=True, include={"warp", "noise", "schedules"}),
+    }
+    digest.update(json.dumps(decisive, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _fetch(
+    name: str, *, revision: str | None, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=_HUB_FILES,
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"The model {name!r} is no built-in name ({', '.join(built_in_models())}) and no folder, "
+            f"and it cannot be fetched from the hub: {reason}",
+            code="checkpoint-unknown",
+            remedy="Check the name and the network, or download the checkpoint and give its folder.",
+        ) from error
+
+
+def _load_network(kind: type[Network], folder: Path, notes: list[str]) -> Network:
+    """Build a network from its configuration and fill it with the weights beside it."""
+    config: dict[str, Any] = _read_json(folder / "config.json")
+    if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
+        config |= {"num_class_embeds": None, "class_embed_type": None}
+        notes.append(f"{folder / 'config.json'} asks for class conditioning, which this method does not use; it is off")
+    if kind is TemporalAutoencoderTiny:
+        config.pop("block_out_channels", None)  # the published file says the widths twice more, once for each half
+    try:
+        network: Network = kind.from_config(config)  # type: ignore[attr-defined]
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} cannot be used: {error}.",
+            code="checkpoint-config",
+            remedy="Use the configuration that the checkpoint was published with.",
+        ) from error
+    path = folder / WEIGHTS
+    tensors = _read_weights(path)
+    wanted = network.state_dict()
+    stray = [name for name in tensors if name.startswith(_STRAY) and name not in wanted]
+    for name in stray:
+        del tensors[name]
+    if stray:
+        notes.append(f"{path} carries {', '.join(stray)}, which this method does not use; ignored")
+    _compare(path, tensors, wanted)
+    network.load_state_dict(tensors)
+    return network.eval().requires_grad_(False)
+
+
+def _compare(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raise CheckpointError where names or shapes of tensors differ from what the configuration asks for."""
+    for what, names in (("lacks", wanted.keys() - found.keys()), ("has unknown", found.keys() - wanted.keys())):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise CheckpointError(
+                f"{path} {what} tensors: {listed}.",
+                code="checkpoint-tensors",
+                remedy="Weights and config.json must come from one checkpoint.",
+            )
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"The tensor {name} has shape {tuple(tensor.shape)} in {path}, "
+                f"but config.json asks for {tuple(wanted[name].shape)}.",
+                code="checkpoint-shape",
+                remedy="Weights and config.json must come from one checkpoint.",
+            )
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        pickles = sorted(other for other in path.parent.glob("*") if other.suffix in PICKLES)
+        if pickles:
+            raise _pickle(pickles[0])
+        raise _missing(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(content, dict):
+        raise _unreadable(path, ValueError("not a JSON object"))
+    return content
+
+
+def _read_options(folder: Path) -> ModelOptions:
+    path = folder / OPTIONS
+    if not path.is_file():
+        return ModelOptions()
+    try:
+        return ModelOptions.model_validate(_read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
+            code="checkpoint-options",
+            remedy="Correct the entry, or use the version of Upriver that the checkpoint was made for.",
+        ) from error
+
+
+def _reads_text(network: UNet2DConditionModel | ControlNetModel) -> bool:
+    """Whether any part of the network attends to the prompt."""
+    return any(getattr(module, "has_cross_attention", False) for module in network.modules())
+
+
+def _pickle(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds pickled weights, which can run code when they are read; only safetensors are loaded.",
+        code="checkpoint-pickle",
+        remedy="Convert it where its origin is trusted: read it with torch.load(path, weights_only=True), "
+        f"write it with safetensors.torch.save_file as {WEIGHTS}.",
+    )
+
+
+def _missing(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint has no file {path}.",
+        code="checkpoint-incomplete",
+        remedy="Download the whole checkpoint: unet/, controlnet/, vae/ and scheduler/ are needed.",
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read: {error}.",
+        code="checkpoint-unreadable",
+        remedy="Download the file again; it may be truncated or a Git LFS pointer.",
+    )

@@ -1,0 +1,68 @@
+"""Frames as arrays and as tensors: 8 or 16 bit HWC on the outside, fp32 in [-1, 1] inside.
+
+Knows: the two integer scales, rounding, and the original's way with sizes that 4 does not divide. Does not know: colour
+spaces, files.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+def frame_to_tensor(frame_HWC: NDArray[np.generic]) -> Tensor:
+    """Return (1,3,H,W) fp32 in [-1, 1] of an RGB frame (H,W,3), uint8, or uint16 at full scale.
+
+    Raises:
+        InputError: another shape or type.
+    """
+    if frame_HWC.ndim != 3 or frame_HWC.shape[2] != 3 or frame_HWC.dtype not in (np.uint8, np.uint16):
+        raise InputError(
+            f"A frame has shape {frame_HWC.shape} and type {frame_HWC.dtype}; (height, width, 3) of uint8 or uint16 is
+            needed.", code="frame-type", remedy="Convert it to RGB; scale other bit depths to 8 or to full-scale 16
+            bit.",
+        )
+    unit_HWC = torch.from_numpy(frame_HWC.astype(np.float32)) / float(np.iinfo(frame_HWC.dtype).max)
+    return (unit_HWC * 2 - 1).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def tensor_to_frame(output_3HW: Tensor, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """Return (H,W,3) of `dtype` (uint8, or uint16 at full scale) of a picture in nominal [-1, 1].
+
+    Values outside are clamped; halves are rounded to even, as NumPy does.
+    """
+    unit_3HW = (output_3HW.to(torch.float32) / 2 + 0.5).clamp(0, 1)
+    levels_HWC = (unit_3HW * float(np.iinfo(dtype).max)).round().permute(1, 2, 0)
+    narrow = levels_HWC.to(torch.uint8 if dtype == np.uint8 else torch.int32)
+    return np.ascontiguousarray(narrow.cpu().numpy().astype(dtype, copy=False))
+
+
+def shrink_to_multiple_of_4(frame_HWC: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Return the frame as the original code resizes it: by Lanczos, to both sides rounded down to multiples of 4.
+
+    Only for comparisons with the original: the engine restores every size as it is. Frames whose sides are multiples
+    of 4 come back unchanged.
+
+    Raises:
+        InputError: a frame of more than 8 bits, which Pillow cannot resize.
+    """
+    height, width = frame_HWC.shape[:2]
+    if height % 4 == 0 and width % 4 == 0:
+        return frame_HWC
+    if frame_HWC.dtype != np.uint8:
+        raise InputError(
+            f"The original's resizing is defined for 8 bit, not for {frame_HWC.dtype}.",
+            code="frame-shrink",
+            remedy="Give 8-bit frames, or leave the frame at its size.",
+        )
+    from PIL import Image
+
+    picture = Image.fromarray(frame_HWC).resize((width - width % 4, height - height % 4), Image.Resampling.LANCZOS)
+    return np.asarray(picture)

@@ -1,0 +1,484 @@
+"""StreamDiffVSRPipeline: one frame in, one restored frame out, four times as large; the past in, never the future.
+
+Knows: the order of operations of Stream-DiffVSR (arXiv 2512.23709, section 3) for a batch of streams, and what is
+checked before. Does not know: files, videos, cuts, clusters. Nothing about a stream is kept here: it is in its
+StreamState.
+
+Shapes: B streams of the batch, L those among them with a previous frame, R those that are still being denoised, h w
+input size, H W = 4h 4w output size, C latent channels, T tokens, D token width.
+
+Numerical traps, each of which the parity tests notice:
+  * The previous output is warped as the decoder gave it: neither clamped nor rounded.
+  * A first frame runs without ARTG and without TPM; a zero condition would be another thing.
+  * The flow warp of the published checkpoints is half a pixel off (`guidance.flow_warp`).
+  * The latent is kept in fp32 between steps: bfloat16 would lose it to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import torch
+from diffusers import ControlNetModel, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from pipeline.autoencoder import TemporalAutoencoderTiny
+from pipeline.checkpoint import fingerprint, load_checkpoint, save_extras
+from pipeline.errors import CheckpointError, InputError, SizeError, StateError
+from pipeline.flow import SCALE, FlowEstimator, FlowName, FlowSize, make_flow
+from pipeline.frames import frame_to_tensor, shrink_to_multiple_of_4, tensor_to_frame
+from pipeline.guidance import Residuals, artg_residuals, embed_condition, flow_warp, reference_residuals
+from pipeline.noise import frame_noise
+from pipeline.options import Guidance, ModelOptions
+from pipeline.schedule import Schedule, ddim_step, make_schedule, require_supported
+from pipeline.state import StreamState
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MINIMUM_SIDE: Final = 16
+DEFAULT_MAX_PIXELS: Final = 4096 * 2304
+
+StepCallback = Callable[["StreamDiffVSRPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
+
+
+class StreamDiffVSRPipeline(DiffusionPipeline):
+    """Causal diffusion video super-resolution, 4x, for any number of streams at once.
+
+    Args:
+        unet: predicts from [latent, low-resolution frame]; its text conditioning is a constant.
+        controlnet: ARTG, conditioned on the warped previous output at output size.
+        vae: the autoencoder whose decoder has temporal modules.
+        scheduler: DDIM.
+        prompt_embeds_1TD: embedding of the empty prompt; None for networks without cross-attention.
+        options: how the checkpoint wants to be run; None means as published.
+        flow: estimator; None takes the one that `options` names.
+        model_sha256: fingerprint of the weights; None computes it when it is first needed.
+        max_pixels: input frames with more pixels are refused.
+
+    Attributes:
+        flow: the flow estimator, `flow(current_B3hw, previous_B3hw) -> flow_B2HW`. It may be replaced between steps.
+        guidance: which uses of the previous output are on; replace it for ablations.
+        cache_condition: embed ARTG's condition once per frame instead of once per step. The numbers are equal; False
+            takes the published path through ``ControlNetModel.forward``.
+
+    Raises:
+        CheckpointError: the networks do not fit together. ScheduleError: the scheduler cannot be run. FlowError: the
+            flow estimator is not installed.
+    """
+
+    _callback_tensor_inputs: Final = ("latents", "model_output")
+
+    unet: UNet2DConditionModel
+    controlnet: ControlNetModel
+    vae: TemporalAutoencoderTiny
+    scheduler: DDIMScheduler
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        controlnet: ControlNetModel,
+        vae: TemporalAutoencoderTiny,
+        scheduler: DDIMScheduler,
+        prompt_embeds_1TD: Tensor | None = None,
+        options: ModelOptions | None = None,
+        flow: FlowEstimator | None = None,
+        model_sha256: str | None = None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> None:
+        super().__init__()
+        self.options = options if options is not None else ModelOptions()
+        _require_fit(unet, controlnet, vae)
+        require_supported(scheduler)
+        self.register_modules(unet=unet, controlnet=controlnet, vae=vae, scheduler=scheduler)
+        if prompt_embeds_1TD is None:
+            prompt_embeds_1TD = torch.zeros(1, 1, unet.config.cross_attention_dim)
+        self.prompt_embeds_1TD = prompt_embeds_1TD
+        self.flow = flow if flow is not None else make_flow(self.options.flow, size=self.options.flow_size)
+        self.guidance = self.options.guidance
+        self.cache_condition = True
+        self.max_pixels = max_pixels
+        self._model_sha256 = model_sha256
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # narrower than diffusers': every argument is named and used
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        flow: FlowName | FlowEstimator | None = None,
+        flow_size: FlowSize | None = None,
+        guidance: Guidance | Mapping[str, bool] | None = None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Load a model: a built-in name (``"tiny"``), a folder in the published layout, or a hub id (``"owner/name"``).
+
+        Args:
+            source: tried in this order. Write ``./tiny`` for a folder that has the name of a built-in model.
+            torch_dtype: of the networks. State and noise do not depend on it.
+            device: where the networks go; None leaves them in main memory.
+            flow: estimator or its name, instead of the checkpoint's own.
+            flow_size: where RAFT or DIS estimates (``"input"`` or ``"output"``), instead of the checkpoint's choice.
+            guidance: switches for ablations, instead of the checkpoint's.
+            max_pixels: input frames with more pixels are refused.
+            revision, cache_dir, local_files_only: as in ``huggingface_hub``, for hub ids.
+
+        Raises:
+            CheckpointError: nothing is there, a file is missing, not safetensors, or does not fit its configuration.
+            FlowError: an unknown estimator, or one whose library is not installed.
+        """
+        checkpoint = load_checkpoint(
+            source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        options = checkpoint.options
+        if guidance is not None:
+            options = options.model_copy(update={"guidance": Guidance.model_validate(guidance)})
+        if flow is None or isinstance(flow, str):
+            flow = make_flow(
+                flow or options.flow, size=flow_size or options.flow_size, raft_weights=checkpoint.raft_weights
+            )
+        pipe = cls(
+            checkpoint.unet,
+            checkpoint.controlnet,
+            checkpoint.vae,
+            checkpoint.scheduler,
+            prompt_embeds_1TD=checkpoint.prompt_embeds_1TD,
+            options=options,
+            flow=flow,
+            model_sha256=checkpoint.model_sha256,
+            max_pixels=max_pixels,
+        )
+        return pipe.to(device or "cpu", torch_dtype)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the published layout: the networks, ``prompt_embeds.safetensors`` and ``upriver.json``; no pickles.
+
+        Args:
+            save_directory: is created.
+            kwargs: as in diffusers. The text encoder is not written: its one embedding is.
+        """
+        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
+        save_extras(save_directory, self.prompt_embeds_1TD, self.options)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move and cast the networks, as in diffusers: ``pipe.to(device, dtype)``."""
+        for network in (self.unet, self.controlnet, self.vae):
+            nn.Module.to(network, *args, **kwargs)  # diffusers' own `to` warns of a cast that these networks bear
+        self.prompt_embeds_1TD = self.prompt_embeds_1TD.to(self.device)
+        self.flow.to(self.device)
+        return self
+
+    @property
+    def model_sha256(self) -> str:
+        """Fingerprint of weights and options: the name by which a state knows its model."""
+        if self._model_sha256 is None:
+            self._model_sha256 = fingerprint(self.unet, self.controlnet, self.vae, self.scheduler, self.options)
+        return self._model_sha256
+
+    def start(self, seed: int = 0, index: int = 0) -> StreamState:
+        """Return the state of a new stream.
+
+        Args:
+            seed: key of the stream's noise, 0 <= seed < 2**64.
+            index: number of the first frame that will be presented.
+
+        Raises:
+            StateError: seed or index out of range.
+        """
+        return StreamState(model_sha256=self.model_sha256, seed=seed, index=index)
+
+    @torch.no_grad()
+    def step(
+        self,
+        frames_B3HW: Tensor,
+        states: Sequence[StreamState],
+        noise_B4HW: Tensor | None = None,
+        flow_B2HW: Tensor | None = None,
+        steps: int | Sequence[int | None] | None = None,
+        *,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Tensor:
+        """Restore the next frame of each of B streams, and update their states.
+
+        Each stream gets what it would get alone, up to rounding. First frames and later frames may share a batch. If
+        this raises, no state has changed.
+
+        Args:
+            frames_B3HW: input frames in [-1, 1], floating point, on any device; any equal size of at least 16 by 16.
+            states: B different states in the order of the frames.
+            noise_B4HW: initial latents (B,C,h,w) instead of the noise of (seed, index).
+            flow_B2HW: flow (B,2,4h,4w) in output pixels to the previous frame instead of `self.flow`'s; rows of streams
+                without a previous frame are ignored.
+            steps: number of denoising steps, for all or per stream; None means 4.
+            callback_on_step_end: called as ``callback(pipe, number, timestep, tensors)`` after every denoising step,
+                as in diffusers; `timestep` (R,) holds those of the streams that took the step. It may return a dict
+                whose ``latents`` replace the latents (B,C,h,w, fp32).
+            callback_on_step_end_tensor_inputs: which tensors it is given: ``latents``, ``model_output`` (R,C,h,w).
+
+        Returns:
+            The decoder's output (B,3,4h,4w) as fp32, nominal range [-1, 1], not clamped.
+
+        Raises:
+            InputError, SizeError, StateError, ScheduleError: an argument is wrong; nothing was computed.
+            FlowError: flow is needed and cannot be had.
+        """
+        # 1. Check everything that can be wrong, before anything is computed
+        self._check_inputs(frames_B3HW, states, noise_B4HW, flow_B2HW, callback_on_step_end_tensor_inputs)
+        schedules = self._schedules(steps, len(states))
+        device, dtype = self.device, self.unet.dtype
+        frames_B3hw = frames_B3HW.to(device, torch.float32)
+
+        # 2. Warp the previous outputs of the streams that have one onto the current frames
+        later = [b for b, state in enumerate(states) if not state.is_first] if self.guidance.needs_previous else []
+        previous_L3HW, warped_L3HW = None, None
+        if later:
+            previous_L3HW = _gather([states[b].prev_output_3HW for b in later], device, dtype)
+            if self.guidance.needs_warp:
+                if flow_B2HW is None:
+                    previous_input = _gather([states[b].prev_input_3HW for b in later], device, torch.float32)
+                    flow_L2HW = self.flow(frames_B3hw[later], previous_input).to(device)
+                else:
+                    flow_L2HW = flow_B2HW[later].to(device, torch.float32)
+                warped_L3HW = flow_warp(previous_L3HW, flow_L2HW, self.options.warp)
+
+        # 3. Draw the initial latents, and embed ARTG's condition, which all denoising steps share
+        latents = self._initial_latents(frames_B3hw, states, noise_B4HW)
+        condition_L = None
+        if self.guidance.artg and warped_L3HW is not None:
+            condition_L = embed_condition(self.controlnet, warped_L3HW) if self.cache_condition else warped_L3HW
+
+        # 4. Denoise; streams with fewer steps drop out of the batch when they are done
+        for number in range(max(map(len, schedules))):
+            rows = [b for b, schedule in enumerate(schedules) if number < len(schedule)]
+            timesteps = [schedules[b].timesteps[number] for b in rows]
+            timestep_R = torch.tensor(timesteps, device=device)
+            x_RChw = torch.cat([latents[rows], frames_B3hw[rows]], dim=1).to(dtype)
+            prompt_RTD = self.prompt_embeds_1TD.to(device, dtype).expand(len(rows), -1, -1)
+
+            # 4a. ARTG's residuals for the rows that have a previous output
+            residuals = None
+            if condition_L is not None:
+                residuals = self._residuals(x_RChw, timestep_R, prompt_RTD, condition_L, rows, later)
+
+            # 4b. One prediction of the U-Net, one DDIM step
+            model_output = self.unet(
+                x_RChw,
+                timestep_R,
+                encoder_hidden_states=prompt_RTD,
+                down_block_additional_residuals=None if residuals is None else tuple(residuals.down),
+                mid_block_additional_residual=None if residuals is None else residuals.mid,
+                return_dict=False,
+            )[0].to(torch.float32)
+            arrival = [schedules[b].previous[number] for b in rows]
+            latents = latents.clone()
+            latents[rows] = ddim_step(self.scheduler, model_output, latents[rows], timesteps, arrival)
+
+            if callback_on_step_end is not None:
+                tensors = {"latents": latents, "model_output": model_output}
+                given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                latents = (callback_on_step_end(self, number, timestep_R, given) or {}).get("latents", latents)
+
+        # 5. Decode, with TPM where there is a previous output
+        latents = (latents / self.vae.config.scaling_factor).to(dtype)
+        features_L = None
+        if self.guidance.tpm and previous_L3HW is not None:
+            features_L = self.vae.encode_temporal(warped_L3HW if self.guidance.tpm_warped else previous_L3HW)
+        output_B3HW = self._decode(latents, features_L, later)
+
+        # 6. Only now, when nothing can fail any more, hand the outcome to the states. They own their memory: neither
+        # the caller's tensors nor a neighbour in the batch.
+        outputs = [row.clone(memory_format=torch.contiguous_format) for row in output_B3HW]
+        inputs = [row.clone(memory_format=torch.contiguous_format) for row in frames_B3hw]
+        result = output_B3HW.to(torch.float32).contiguous()
+        for state, output_3HW, input_3HW in zip(states, outputs, inputs, strict=True):
+            state.advance(output_3HW, input_3HW)
+        return result
+
+    def __call__(
+        self,
+        frames: Iterable[NDArray[np.generic]],
+        state: StreamState | None = None,
+        *,
+        steps: int | None = None,
+        shrink_like_original: bool = False,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Iterator[NDArray[np.generic]]:
+        """Restore a stream of frames, one by one: frame k is given out before frame k + 1 is asked for.
+
+        Args:
+            frames: RGB frames (h,w,3), uint8, or uint16 at full scale.
+            state: the stream to go on with, updated after each frame; None starts a new one with seed 0.
+            steps: number of denoising steps; None means 4.
+            shrink_like_original: first resize frames whose sides are no multiples of 4 as the original code does. For
+                comparisons only: the output is then smaller than 4x.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: see `step`.
+
+        Yields:
+            Frames (4h,4w,3) in the type of the input.
+
+        Raises:
+            InputError, SizeError, StateError, ScheduleError, FlowError: as `step`.
+        """
+        state = self.start() if state is None else state
+        for frame_HWC in frames:
+            if shrink_like_original:
+                frame_HWC = shrink_to_multiple_of_4(frame_HWC)
+            output_B3HW = self.step(
+                frame_to_tensor(frame_HWC),
+                [state],
+                steps=steps,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            )
+            yield tensor_to_frame(output_B3HW[0], frame_HWC.dtype)
+
+    def _check_inputs(
+        self,
+        frames_B3HW: Tensor,
+        states: Sequence[StreamState],
+        noise_B4HW: Tensor | None,
+        flow_B2HW: Tensor | None,
+        callback_inputs: Sequence[str],
+    ) -> None:
+        if frames_B3HW.ndim != 4 or frames_B3HW.shape[1] != 3 or not frames_B3HW.is_floating_point():
+            raise InputError(
+                f"frames_B3HW has shape {tuple(frames_B3HW.shape)} and type {frames_B3HW.dtype}; "
+                "(streams, 3, height, width) of floating point numbers in [-1, 1] is needed.",
+                code="frames-shape",
+                remedy="Convert 8-bit frames by x / 255 * 2 - 1, or hand them to the pipeline's generator.",
+            )
+        batch, _, height, width = frames_B3HW.shape
+        if not batch == len(states) == len({id(state) for state in states}) or batch == 0:
+            raise InputError(
+                f"{batch} frames came with {len(states)} states, {len({id(state) for state in states})} of them
+                different.", code="states-count", remedy="Give one state of its own for every frame, and at least one
+                frame.",
+            )
+        if min(height, width) < MINIMUM_SIDE:
+            raise SizeError(
+                f"A frame of {width}x{height} is too small: each side must have at least {MINIMUM_SIDE} pixels.",
+                code="frame-too-small",
+                remedy="Enlarge the video first, or leave it out.",
+            )
+        if height * width > self.max_pixels:
+            raise SizeError(
+                f"A frame of {width}x{height} has {height * width} pixels; the limit is {self.max_pixels}.",
+                code="frame-too-large",
+                remedy="Reduce the video first, or load the model with a larger max_pixels if memory allows it.",
+            )
+        for state in states:
+            state.require_model(self.model_sha256)
+            if not state.is_first and (state.height, state.width) != (height, width):
+                raise SizeError(
+                    f"Frame {state.index} is {width}x{height}, but the frame before it was
+                    {state.width}x{state.height}.", code="frame-size-changed", remedy="Call reset() on the state where
+                    the size changes; the next frame then starts anew.",
+                )
+        latent = (batch, self.vae.config.latent_channels, height, width)
+        if noise_B4HW is not None and tuple(noise_B4HW.shape) != latent:
+            raise _wrong_shape("noise_B4HW", noise_B4HW, latent)
+        field = (batch, 2, height * SCALE, width * SCALE)
+        if flow_B2HW is not None and tuple(flow_B2HW.shape) != field:
+            raise _wrong_shape("flow_B2HW", flow_B2HW, field)
+        unknown = sorted(set(callback_inputs) - set(self._callback_tensor_inputs))
+        if unknown:
+            raise InputError(
+                f"A callback cannot be given {', '.join(unknown)}.",
+                code="callback-inputs",
+                remedy=f"Choose from {', '.join(self._callback_tensor_inputs)}.",
+            )
+
+    def _schedules(self, steps: int | Sequence[int | None] | None, batch: int) -> list[Schedule]:
+        per_stream = list(steps) if isinstance(steps, Sequence) else [steps] * batch
+        if len(per_stream) != batch:
+            raise InputError(
+                f"steps has {len(per_stream)} entries for {batch} streams.",
+                code="steps-count",
+                remedy="Give one number for all streams, or one for each.",
+            )
+        return [make_schedule(self.scheduler, count, self.options.schedules) for count in per_stream]
+
+    def _initial_latents(
+        self, frames_B3hw: Tensor, states: Sequence[StreamState], noise_B4HW: Tensor | None
+    ) -> Tensor:
+        """Return the latents (B,C,h,w) that denoising starts from, fp32."""
+        if noise_B4HW is not None:
+            return noise_B4HW.to(frames_B3hw.device, torch.float32)
+        shape = (self.vae.config.latent_channels, *frames_B3hw.shape[2:])
+        fixed = self.options.noise == "fixed"
+        drawn = [
+            frame_noise(shape, seed=state.seed, index=0 if fixed else state.index, device=frames_B3hw.device)
+            for state in states
+        ]
+        return torch.stack(drawn)
+
+    def _residuals(
+        self,
+        x_RChw: Tensor,
+        timestep_R: Tensor,
+        prompt_RTD: Tensor,
+        condition_L: Tensor,
+        rows: list[int],
+        later: list[int],
+    ) -> Residuals | None:
+        """Run ARTG for those of `rows` (numbers of streams) that are among `later`, whose conditions are given."""
+        at = [r for r, b in enumerate(rows) if b in later]
+        if not at:
+            return None
+        condition = condition_L[[later.index(rows[r]) for r in at]]
+        run = artg_residuals if self.cache_condition else reference_residuals
+        residuals = run(self.controlnet, x_RChw[at], timestep_R[at], prompt_RTD[at], condition)
+        return residuals if len(at) == len(rows) else residuals.spread(at, len(rows))
+
+    def _decode(self, latents: Tensor, features_L: list[Tensor] | None, later: list[int]) -> Tensor:
+        """Decode all latents; those of `later` with their temporal features, if there are any."""
+        if features_L is None:
+            return self.vae.decode(latents)
+        if len(later) == len(latents):
+            return self.vae.decode(latents, features_L)
+        first = [b for b in range(len(latents)) if b not in later]
+        alone = self.vae.decode(latents[first])
+        output_B3HW = alone.new_empty((len(latents), *alone.shape[1:]))
+        output_B3HW[first] = alone
+        output_B3HW[later] = self.vae.decode(latents[later], features_L)
+        return output_B3HW
+
+
+def _gather(tensors: list[Tensor | None], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Stack one tensor of each of the streams with a previous frame; there, none of them is None."""
+    return torch.stack([tensor.to(device, dtype) for tensor in tensors if tensor is not None])
+
+
+def _require_fit(unet: UNet2DConditionModel, controlnet: ControlNetModel, vae: TemporalAutoencoderTiny) -> None:
+    """Raise CheckpointError unless the channel counts of the three networks agree."""
+    latent = vae.config.latent_channels
+    wanted = {
+        "unet.in_channels": (unet.config.in_channels, latent + 3),
+        "unet.out_channels": (unet.config.out_channels, latent),
+        "controlnet.in_channels": (controlnet.config.in_channels, latent + 3),
+        "controlnet.cross_attention_dim": (controlnet.config.cross_attention_dim, unet.config.cross_attention_dim),
+    }
+    for name, (found, needed) in wanted.items():
+        if found != needed:
+            raise CheckpointError(
+                f"{name} is {found}, but with {latent} latent channels and this U-Net it must be {needed}.",
+                code="checkpoint-misfit",
+                remedy="Take the U-Net, the ControlNet and the autoencoder from one checkpoint.",
+            )
+
+
+def _wrong_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> InputError:
+    return InputError(
+        f"{name} has shape {tuple(tensor.shape)}; {wanted} is needed.",
+        code="tensor-shape",
+        remedy="Give one row per stream, also for streams at their first frame.",
+    )
