@@ -6,8 +6,8 @@
     for restored in pipe(frames):
         ...
 
-The names below are the stable public API. They are imported when they are first used: loading this package loads neither
-torch nor diffusers.
+The names below are the stable public API. They are imported when they are first used: loading this package loads
+neither torch nor diffusers.
 """
 
 from __future__ import annotations

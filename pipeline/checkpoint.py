@@ -113,9 +113,9 @@ def resolve(
     if _HUB_ID.fullmatch(name):
         return _fetch(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     raise CheckpointError(
-        f"There is no model {name!r}: it is no built-in name ({', '.join(built_in_models())}), no folder, and no hub
-        id.", code="checkpoint-unknown", remedy="Give a built-in name, the path of a checkpoint folder, or a hub id
-        such as owner/name.",
+        f"There is no model {name!r}: it is no built-in name ({', '.join(built_in_models())}), no folder, no hub id.",
+        code="checkpoint-unknown",
+        remedy="Give a built-in name, the path of a checkpoint folder, or a hub id such as owner/name.",
     )
 
 
@@ -226,7 +226,7 @@ def _load_network(kind: type[Network], folder: Path, notes: list[str]) -> Networ
     if kind is TemporalAutoencoderTiny:
         config.pop("block_out_channels", None)  # the published file says the widths twice more, once for each half
     try:
-        network: Network = kind.from_config(config)  # type: ignore[attr-defined]
+        network: Network = kind.from_config(config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'} cannot be used: {error}.",

@@ -17,7 +17,8 @@ from pipeline.errors import InputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-def frame_to_tensor(frame_HWC: NDArray[np.generic]) -> Tensor:
+
+def frame_to_tensor(frame_HWC: NDArray[np.integer]) -> Tensor:
     """Return (1,3,H,W) fp32 in [-1, 1] of an RGB frame (H,W,3), uint8, or uint16 at full scale.
 
     Raises:
@@ -25,15 +26,16 @@ def frame_to_tensor(frame_HWC: NDArray[np.generic]) -> Tensor:
     """
     if frame_HWC.ndim != 3 or frame_HWC.shape[2] != 3 or frame_HWC.dtype not in (np.uint8, np.uint16):
         raise InputError(
-            f"A frame has shape {frame_HWC.shape} and type {frame_HWC.dtype}; (height, width, 3) of uint8 or uint16 is
-            needed.", code="frame-type", remedy="Convert it to RGB; scale other bit depths to 8 or to full-scale 16
-            bit.",
+            f"A frame has shape {frame_HWC.shape} and type {frame_HWC.dtype}; "
+            "(height, width, 3) of uint8 or uint16 is needed.",
+            code="frame-type",
+            remedy="Convert it to RGB; scale other bit depths to 8 or to full-scale 16 bit.",
         )
     unit_HWC = torch.from_numpy(frame_HWC.astype(np.float32)) / float(np.iinfo(frame_HWC.dtype).max)
     return (unit_HWC * 2 - 1).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
-def tensor_to_frame(output_3HW: Tensor, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+def tensor_to_frame(output_3HW: Tensor, dtype: np.dtype[np.integer]) -> NDArray[np.integer]:
     """Return (H,W,3) of `dtype` (uint8, or uint16 at full scale) of a picture in nominal [-1, 1].
 
     Values outside are clamped; halves are rounded to even, as NumPy does.
@@ -44,7 +46,7 @@ def tensor_to_frame(output_3HW: Tensor, dtype: np.dtype[np.generic]) -> NDArray[
     return np.ascontiguousarray(narrow.cpu().numpy().astype(dtype, copy=False))
 
 
-def shrink_to_multiple_of_4(frame_HWC: NDArray[np.generic]) -> NDArray[np.generic]:
+def shrink_to_multiple_of_4(frame_HWC: NDArray[np.integer]) -> NDArray[np.integer]:
     """Return the frame as the original code resizes it: by Lanczos, to both sides rounded down to multiples of 4.
 
     Only for comparisons with the original: the engine restores every size as it is. Frames whose sides are multiples

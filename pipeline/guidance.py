@@ -64,7 +64,7 @@ class Residuals:
     down: list[Tensor]
     mid: Tensor
 
-    def spread(self, rows: Tensor, batch: int) -> Residuals:
+    def spread(self, rows: list[int], batch: int) -> Residuals:
         """Place the rows of this object at `rows` of a batch of `batch`; zeros elsewhere change nothing when added."""
 
         def place(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pipeline.autoencoder import TemporalAutoencoderTiny
 from pipeline.checkpoint import fingerprint, load_checkpoint, save_extras
-from pipeline.errors import CheckpointError, InputError, SizeError, StateError
+from pipeline.errors import CheckpointError, InputError, SizeError
 from pipeline.flow import SCALE, FlowEstimator, FlowName, FlowSize, make_flow
 from pipeline.frames import frame_to_tensor, shrink_to_multiple_of_4, tensor_to_frame
 from pipeline.guidance import Residuals, artg_residuals, embed_condition, flow_warp, reference_residuals
@@ -104,7 +104,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         self._model_sha256 = model_sha256
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # narrower than diffusers': every argument is named and used
+    def from_pretrained(
         cls,
         source: str | os.PathLike[str],
         *,
@@ -134,9 +134,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             CheckpointError: nothing is there, a file is missing, not safetensors, or does not fit its configuration.
             FlowError: an unknown estimator, or one whose library is not installed.
         """
-        checkpoint = load_checkpoint(
-            source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+        checkpoint = load_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
         options = checkpoint.options
         if guidance is not None:
             options = options.model_copy(update={"guidance": Guidance.model_validate(guidance)})
@@ -289,8 +287,9 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         # 5. Decode, with TPM where there is a previous output
         latents = (latents / self.vae.config.scaling_factor).to(dtype)
         features_L = None
-        if self.guidance.tpm and previous_L3HW is not None:
-            features_L = self.vae.encode_temporal(warped_L3HW if self.guidance.tpm_warped else previous_L3HW)
+        temporal_L3HW = warped_L3HW if self.guidance.tpm_warped else previous_L3HW
+        if self.guidance.tpm and temporal_L3HW is not None:
+            features_L = self.vae.encode_temporal(temporal_L3HW)
         output_B3HW = self._decode(latents, features_L, later)
 
         # 6. Only now, when nothing can fail any more, hand the outcome to the states. They own their memory: neither
@@ -304,14 +303,14 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
 
     def __call__(
         self,
-        frames: Iterable[NDArray[np.generic]],
+        frames: Iterable[NDArray[np.integer]],
         state: StreamState | None = None,
         *,
         steps: int | None = None,
         shrink_like_original: bool = False,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> Iterator[NDArray[np.generic]]:
+    ) -> Iterator[NDArray[np.integer]]:
         """Restore a stream of frames, one by one: frame k is given out before frame k + 1 is asked for.
 
         Args:
@@ -357,11 +356,12 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
                 remedy="Convert 8-bit frames by x / 255 * 2 - 1, or hand them to the pipeline's generator.",
             )
         batch, _, height, width = frames_B3HW.shape
-        if not batch == len(states) == len({id(state) for state in states}) or batch == 0:
+        different = len({id(state) for state in states})
+        if not batch == len(states) == different or batch == 0:
             raise InputError(
-                f"{batch} frames came with {len(states)} states, {len({id(state) for state in states})} of them
-                different.", code="states-count", remedy="Give one state of its own for every frame, and at least one
-                frame.",
+                f"{batch} frames came with {len(states)} states, {different} of them different.",
+                code="states-count",
+                remedy="Give one state of its own for every frame, and at least one frame.",
             )
         if min(height, width) < MINIMUM_SIDE:
             raise SizeError(
@@ -379,9 +379,9 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             state.require_model(self.model_sha256)
             if not state.is_first and (state.height, state.width) != (height, width):
                 raise SizeError(
-                    f"Frame {state.index} is {width}x{height}, but the frame before it was
-                    {state.width}x{state.height}.", code="frame-size-changed", remedy="Call reset() on the state where
-                    the size changes; the next frame then starts anew.",
+                    f"Frame {state.index} is {width}x{height}; the frame before it was {state.width}x{state.height}.",
+                    code="frame-size-changed",
+                    remedy="Call reset() on the state where the size changes; the next frame then starts anew.",
                 )
         latent = (batch, self.vae.config.latent_channels, height, width)
         if noise_B4HW is not None and tuple(noise_B4HW.shape) != latent:
@@ -407,9 +407,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             )
         return [make_schedule(self.scheduler, count, self.options.schedules) for count in per_stream]
 
-    def _initial_latents(
-        self, frames_B3hw: Tensor, states: Sequence[StreamState], noise_B4HW: Tensor | None
-    ) -> Tensor:
+    def _initial_latents(self, frames_B3hw: Tensor, states: Sequence[StreamState], noise_B4HW: Tensor | None) -> Tensor:
         """Return the latents (B,C,h,w) that denoising starts from, fp32."""
         if noise_B4HW is not None:
             return noise_B4HW.to(frames_B3hw.device, torch.float32)
