@@ -10,11 +10,16 @@ Shape legend: H height, W width, C = 3 channels in the order R, G, B.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import av
 import numpy as np
+from av.filter import Graph
+from av.packet import PacketSideData, packet_sidedata_type_from_literal
 from av.video.reformatter import Interpolation
 
 # ITU-T H.273 table 4 (matrix coefficients); FFmpeg's AVCOL_SPC_* are the same numbers.
@@ -129,7 +134,15 @@ def to_rgb(frame: av.VideoFrame, tags: ColourTags, *, width: int, height: int, t
     return np.ascontiguousarray(array_HWC)
 
 
-def from_rgb(rgb_HWC: np.ndarray, pix_fmt: str, matrix: int, colour_range: int, *, threads: int = 1) -> av.VideoFrame:
+def from_rgb(
+    rgb_HWC: np.ndarray,
+    pix_fmt: str,
+    matrix: int,
+    colour_range: int,
+    *,
+    threads: int = 1,
+    chroma_location: str | None = None,
+) -> av.VideoFrame:
     """Convert RGB to the encoder's pixel format; the inverse of `to_rgb` within one level on flat colours.
 
     Args:
@@ -138,6 +151,7 @@ def from_rgb(rgb_HWC: np.ndarray, pix_fmt: str, matrix: int, colour_range: int, 
         matrix: H.273 code point to convert with (see `effective_matrix`); ignored for RGB formats.
         colour_range: `RANGE_LIMITED` or `RANGE_FULL`.
         threads: as in `to_rgb`.
+        chroma_location: where subsampled chroma is to lie; None and "left" are the same.
 
     Returns:
         A frame without time stamps; its tags are set by the encoder.
@@ -151,6 +165,8 @@ def from_rgb(rgb_HWC: np.ndarray, pix_fmt: str, matrix: int, colour_range: int, 
     if deep_in and not rgb_out:
         rgb_HWC = _levels(_FULL_SCALE, _DEEP_WHITE)[rgb_HWC]
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb_HWC), format="rgb48le" if deep_in else "rgb24")
+    if chroma_location not in (None, "left") and not rgb_out:
+        frame = _placed(frame, str(chroma_location))
     frame.color_range = RANGE_FULL
     return frame.reformat(
         format=pix_fmt,
@@ -160,6 +176,48 @@ def from_rgb(rgb_HWC: np.ndarray, pix_fmt: str, matrix: int, colour_range: int, 
         interpolation=EXACT,
         threads=threads,
     )
+
+
+def with_side_data(frame: av.VideoFrame, items: Iterable[tuple[str, bytes]]) -> av.VideoFrame:
+    """The same picture carrying side data such as closed captions.
+
+    PyAV cannot attach any to a frame, but to a packet; the raw video decoder hands it on to the frame it makes.
+
+    Args:
+        frame: a planar picture.
+        items: (libav's packet side data name such as "a53_cc", its bytes).
+    """
+    decoder: Any = av.CodecContext.create("rawvideo", "r")
+    decoder.width, decoder.height, decoder.pix_fmt = frame.width, frame.height, frame.format.name
+    packet = av.Packet(b"".join(_plane_bytes(plane, frame.format.name) for plane in frame.planes))
+    for name, data in items:
+        extra: Any = PacketSideData(packet_sidedata_type_from_literal(name), len(data))  # type: ignore[call-arg, arg-type]
+        extra.update(data)
+        packet.set_sidedata(extra)
+    (carrier,) = decoder.decode(packet)
+    return carrier
+
+
+def _plane_bytes(plane: Any, pix_fmt: str) -> bytes:
+    """A plane without the padding at the end of its lines."""
+    row_bytes = plane.width * (2 if bit_depth_of(pix_fmt) > 8 else 1)
+    lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return lines[: plane.height, :row_bytes].tobytes()
+
+
+def _placed(frame: av.VideoFrame, chroma_location: str) -> av.VideoFrame:
+    """Mark an RGB frame with the chroma position that its conversion should aim at; libswscale reads it there."""
+    graph = Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
+    marker = graph.add("setparams", f"chroma_location={chroma_location}")
+    sink = graph.add("buffersink")
+    source.link_to(marker)
+    marker.link_to(sink)
+    graph.configure()
+    frame.pts = 0
+    graph.push(frame)
+    marked: Any = graph.pull()
+    return marked
 
 
 def _white_of_decode(pix_fmt: str, full: bool, rgb: bool) -> int:

@@ -21,8 +21,9 @@ Codec = Literal["h264", "hevc", "av1", "vp9", "ffv1", "prores"]
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 PixelFormat = Literal["auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10", "yuv422p10", "yuv444p10"]
 
-_ENCODERS = {
-    "h264": "libx264", "hevc": "libx265", "av1": "libsvtav1", "vp9": "libvpx-vp9", "ffv1": "ffv1", "prores": "prores_ks",
+_ENCODERS: dict[str, str] = {
+    "h264": "libx264", "hevc": "libx265", "av1": "libsvtav1",
+    "vp9": "libvpx-vp9", "ffv1": "ffv1", "prores": "prores_ks",
 }  # fmt: skip
 # Visually transparent or nearly so, on the scale of each encoder.
 _DEFAULT_CRF = {"h264": 16, "hevc": 18, "av1": 22, "vp9": 20}
@@ -127,9 +128,18 @@ def resolve(options: EncoderOptions, source: VideoInfo, container: str, width: i
         colour_range = RANGE_LIMITED
         warnings.append("ProRes has no full range: the code values were converted to limited range")
     settings = _codec_options(codec, options, source, warnings)
+    if container == "mpegts" and _starts_early(source):
+        # The first decoding time would lie before zero, which MPEG-TS cannot say: libav would shift every stamp.
+        key = "x265-params" if codec == "hevc" else "bf"
+        settings[key] = f"{settings[key]}:bframes=0" if codec == "hevc" else "0"
     if source.colour.chroma_location:
         settings["chroma_sample_location"] = source.colour.chroma_location
     return EncoderSettings(codec, _ENCODERS[codec], pix_fmt, colour_range, settings, tuple(warnings))
+
+
+def _starts_early(source: VideoInfo) -> bool:
+    """Whether the first picture leaves no room for the decoding delay of reordered pictures."""
+    return source.start_pts * source.time_base < 5 / source.average_rate
 
 
 def _default_codec(source: VideoInfo, container: str) -> Codec:

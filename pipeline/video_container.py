@@ -7,6 +7,8 @@ are not in the list, the only protocol is `file`, and the declared size is check
 from __future__ import annotations
 
 import os
+import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +17,12 @@ import av
 from pipeline.video_errors import FrameTooLarge, FrameTooSmall, NoVideoStream, UnreadableVideo, VideoNotFound
 
 # Self-contained formats only. `mov` resolves references to other files only with an option that is never set here.
-DEMUXERS = (
-    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,ogg,flv,asf,mxf,dv,yuv4mpegpipe,nut"  # fmt: skip
-)
+DEMUXERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,ogg,flv,asf,mxf,dv,yuv4mpegpipe,nut"
 _PROTOCOLS = "file"
 _MAX_STREAMS = 128
+_CHROMA_LOCATIONS = ("left", "center", "topleft", "top", "bottomleft", "bottom")
+# The log level is libav's only global that is touched here, and only for the length of one description.
+_LOG_LEVEL = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +52,34 @@ def check_size(width: int, height: int, limits: Limits, name: str) -> None:
         )
 
 
-def open_input(path: str | os.PathLike[str], limits: Limits) -> av.container.InputContainer:
+def check_declared_sizes(path: str | os.PathLike[str], limits: Limits) -> None:
+    """Compare the sizes in the header with the limits while no decoder may run, so that nothing is allocated.
+
+    Raises:
+        FrameTooLarge: a video stream declares a size beyond the limits.
+        VideoNotFound, UnreadableVideo: as in `open_input`.
+    """
+    # No codec has this name: libav then reads the header and opens no decoder to find out more.
+    with open_input(path, limits, {"codec_whitelist": "none"}) as container:
+        for stream in container.streams.video:
+            if stream.codec_context is not None and stream.codec_context.width and stream.codec_context.height:
+                size = stream.codec_context.width, stream.codec_context.height
+                check_size(max(size[0], limits.min_side), max(size[1], limits.min_side), limits, Path(path).name)
+
+
+def open_input(
+    path: str | os.PathLike[str], limits: Limits, extra: dict[str, str] | None = None
+) -> av.container.InputContainer:
     """Open a local media file for reading.
+
+    Args:
+        path: a local file.
+        limits: bounds what a decoder may allocate.
+        extra: further libav container options; set by this module's callers, never by users.
 
     Raises:
         VideoNotFound: nothing there, or not a file.
         UnreadableVideo: empty, not media, a format that is not allowed, or a header that cannot be read.
-        FrameTooLarge: the first video stream declares a size beyond the limits.
     """
     file = Path(path)
     if not file.exists():
@@ -76,6 +100,7 @@ def open_input(path: str | os.PathLike[str], limits: Limits) -> av.container.Inp
                 "protocol_whitelist": _PROTOCOLS,
                 "format_whitelist": DEMUXERS,
                 "max_streams": str(_MAX_STREAMS),
+                **(extra or {}),
             },
             metadata_errors="replace",
         )
@@ -112,6 +137,26 @@ def main_video_stream(container: av.container.InputContainer, name: str) -> av.v
             remedy="Convert it to a common codec without loss (FFV1, H.264 lossless) first.",
         )
     return best
+
+
+def chroma_location(container: av.container.InputContainer, stream_index: int) -> str | None:
+    """Where the chroma samples of a stream lie ("left", "center", "topleft", ...), None if it does not say.
+
+    PyAV has no attribute for it, but libav's own description of a file names it at its verbose level.
+    """
+    with _LOG_LEVEL:
+        before = av.logging.get_level()
+        try:
+            av.logging.set_libav_level(av.logging.VERBOSE)
+            av.logging.set_level(av.logging.VERBOSE)
+            text = container.dumps_format()
+        finally:
+            av.logging.set_libav_level(av.logging.INFO)
+            av.logging.set_level(before)
+    line = re.search(rf"^ *Stream #0:{stream_index}\b.*$", text, re.MULTILINE)
+    # `yuv420p(tv, bt709, top first, left)`: the field order has similar words, so only a whole item counts.
+    items = {item for group in re.findall(r"\(([^()]*)\)", line.group(0) if line else "") for item in group.split(", ")}
+    return next((place for place in _CHROMA_LOCATIONS if place in items), None)
 
 
 def _reason(error: BaseException) -> str:

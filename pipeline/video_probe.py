@@ -17,7 +17,14 @@ import av
 
 from pipeline.colour import ColourTags, bit_depth_of
 from pipeline.interlacing import FieldStatistics
-from pipeline.video_container import Limits, check_size, main_video_stream, open_input
+from pipeline.video_container import (
+    Limits,
+    check_declared_sizes,
+    check_size,
+    chroma_location,
+    main_video_stream,
+    open_input,
+)
 from pipeline.video_errors import UnreadableVideo
 
 # Enough for the interlace detector to be sure, few enough to stay cheap at 4K.
@@ -76,9 +83,10 @@ class ContentLight:
 class VideoInfo:
     """A probed source. `width` and `height` are as coded (before rotation and sample aspect ratio).
 
-    `frames` is an estimate (None if nothing is known); `interlaced` is None when it cannot be told (no picture
-    decoded); `interlaced_flagged` says that the pictures themselves are marked so. `display_matrix` holds the nine integers of the container's orientation, `rotation_deg` its angle,
-    counter-clockwise. `side_data` names what the first pictures carry ("A53_CC", "DYNAMIC_HDR_PLUS", ...).
+    `frames` is an estimate (None if nothing is known). `interlaced` is None when it cannot be told;
+    `interlaced_flagged` says that the pictures themselves are marked so. `display_matrix` holds the nine integers of
+    the container's orientation, `rotation_deg` its angle, counter-clockwise. `side_data` names what the first pictures
+    carry ("A53_CC", "DYNAMIC_HDR_PLUS", ...).
     """
 
     path: Path
@@ -133,12 +141,21 @@ def probe(path: str | os.PathLike[str], *, limits: Limits | None = None) -> Vide
         from pipeline.image_sequence import probe_sequence
 
         return probe_sequence(Path(path), limits)
+    check_declared_sizes(path, limits)
     with open_input(path, limits) as container:
         stream = main_video_stream(container, Path(path).name)
         context = stream.codec_context
         if context.width and context.height:
             check_size(context.width, context.height, limits, Path(path).name)
         context.options = {"max_pixels": str(limits.max_pixels)}
+        # Decoding overwrites the context's tags with those of the bit stream, which may say less than the container.
+        declared = ColourTags(
+            matrix=int(context.colorspace),
+            primaries=int(context.color_primaries),
+            transfer=int(context.color_trc),
+            range=int(context.color_range),
+            chroma_location=chroma_location(container, stream.index),
+        )
         pictures = _first_pictures(container, stream)
         first = next(pictures, None)
         if first is None:
@@ -152,7 +169,8 @@ def probe(path: str | os.PathLike[str], *, limits: Limits | None = None) -> Vide
         mastering, light, matrix = None, None, None
         for picture in _chain(first, pictures):
             fields.add(picture)
-            for item in picture.side_data:
+            items: Any = picture.side_data
+            for item in items:
                 side_data.add(item.type.name)
                 if item.type.name == "MASTERING_DISPLAY_METADATA":
                     mastering = parse_mastering(bytes(item))
@@ -178,7 +196,7 @@ def probe(path: str | os.PathLike[str], *, limits: Limits | None = None) -> Vide
             duration_s=duration_s,
             interlaced=fields.interlaced(),
             interlaced_flagged=fields.flagged > 0,
-            colour=_colour_tags(container, stream, first),
+            colour=_colour_tags(first, declared),
             streams=tuple(_stream_info(item, main=item.index == stream.index) for item in container.streams),
             start_pts=first.pts if first.pts is not None else (stream.start_time or 0),
             display_matrix=matrix,
@@ -239,26 +257,23 @@ def _duration_s(container: av.container.InputContainer, stream: av.stream.Stream
     return container.duration / av.time_base if container.duration else None
 
 
-def _colour_tags(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, first: av.VideoFrame
-) -> ColourTags:
+def _colour_tags(first: Any, declared: ColourTags) -> ColourTags:
     """The picture's own tags where it has any (they come from the bit stream), else the container's."""
-    context = stream.codec_context
 
-    def pick(of_frame: int, of_stream: int, unset: int) -> int:
-        return int(of_frame) if int(of_frame) != unset else int(of_stream)
+    def pick(of_picture: int, of_container: int, unset: int) -> int:
+        return int(of_picture) if int(of_picture) != unset else of_container
 
     return ColourTags(
-        matrix=pick(first.colorspace, context.colorspace, 2),
-        primaries=pick(first.color_primaries, context.color_primaries, 2),
-        transfer=pick(first.color_trc, context.color_trc, 2),
-        range=pick(first.color_range, context.color_range, 0),
-        chroma_location=None,
+        matrix=pick(first.colorspace, declared.matrix, 2),
+        primaries=pick(first.color_primaries, declared.primaries, 2),
+        transfer=pick(first.color_trc, declared.transfer, 2),
+        range=pick(first.color_range, declared.range, 0),
+        chroma_location=declared.chroma_location,
     )
 
 
 def _stream_info(stream: av.stream.Stream, *, main: bool) -> StreamInfo:
-    context = stream.codec_context
+    context: Any = stream.codec_context
     detail = ""
     if stream.type == "audio" and context is not None:
         detail = f"{context.sample_rate} Hz, {context.layout.name}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import av
 import numpy as np
@@ -229,9 +229,10 @@ class VideoReader:
                     f"the picture size changes to {picture.width}x{picture.height}{_at(picture.pts, time_base)}; "
                     f"such pictures are scaled to {info.width}x{info.height}"
                 )
+        side_data: Any = picture.side_data
         carried = tuple(
             (_CARRIED_SIDE_DATA[item.type.name], bytes(item))
-            for item in picture.side_data
+            for item in side_data
             if item.type.name in _CARRIED_SIDE_DATA
         )
         return VideoFrame(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any, Self
 import av
 
 from pipeline.colour import (
-    HDR_TRANSFERS,
     MATRIX_BT709,
     MATRIX_RGB,
     RANGE_FULL,
@@ -27,6 +25,7 @@ from pipeline.colour import (
     effective_matrix,
     from_rgb,
     is_rgb_format,
+    with_side_data,
 )
 from pipeline.encoder_options import EncoderOptions, EncoderSettings, container_for, resolve
 from pipeline.image_sequence import encode_png
@@ -36,6 +35,8 @@ from pipeline.video_probe import VideoInfo
 from pipeline.video_reader import VideoFrame
 
 _MAX_ENCODER_RATE = 240
+_BIT_EXACT = 0x400  # AVFMT_FLAG_BITEXACT
+_CODEC_BIT_EXACT = 1 << 23  # AV_CODEC_FLAG_BITEXACT
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class VideoWriter:
             self._settings.colour_range,
             threads=self._options.threads,
         )
+        picture = self._dressed(picture, frame)
         picture.pts, picture.time_base = frame.pts, frame.time_base
         self._durations[frame.pts] = frame.duration
         try:
@@ -196,15 +198,16 @@ class VideoWriter:
         width, height = self._size
         self._settings: EncoderSettings = resolve(self._options, source, self._muxer, width, height)
         self.warnings.extend(self._settings.warnings)
+        self.warnings.extend(_uncarried(source, self._settings.codec))
         self._matrix = effective_matrix(source.colour, width, height)
         self._durations: dict[int, int] = {}
-        self._held: deque[av.Packet] = deque()
+        self._captions_lost = False
         container_options = {}
         if self._muxer in ("mp4", "mov"):
             container_options["movflags"] = "use_metadata_tags" if _needs_free_tags(source) else "faststart"
         self._output = av.open(str(self._partial), mode="w", format=self._muxer, container_options=container_options)
         if self._options.bit_exact:
-            self._output.flags |= av.container.Flags.bitexact.value
+            self._output.flags |= _BIT_EXACT
         copies = source_path is not None and not source.is_sequence
         self._passthrough = Passthrough(source_path, self._output, self._muxer) if copies and source_path else None
         if self._passthrough is not None:
@@ -224,7 +227,7 @@ class VideoWriter:
         assert self._output is not None
         source, settings = self._source, self._settings
         rate = source.average_rate if 0 < source.average_rate <= _MAX_ENCODER_RATE else Fraction(25)
-        stream = self._output.add_stream(settings.encoder, rate=rate, options=dict(settings.options))
+        stream: Any = self._output.add_stream(settings.encoder, rate=rate, options=dict(settings.options))
         context = stream.codec_context
         context.width, context.height = self._size
         context.pix_fmt = settings.pix_fmt
@@ -237,6 +240,7 @@ class VideoWriter:
             matrix = MATRIX_BT709  # RGB has no matrix; the one that was chosen for it must be written down
             self._matrix = matrix
             self.warnings.append("the source is RGB; it was converted to YUV with the BT.709 matrix")
+        self._matrix_tag = matrix
         context.colorspace, context.color_primaries, context.color_trc = matrix, tags.primaries, tags.transfer
         context.color_range = (
             settings.colour_range
@@ -244,12 +248,24 @@ class VideoWriter:
             else RANGE_UNSPECIFIED
         )
         if self._options.bit_exact:
-            context.flags |= av.codec.context.Flags.bitexact.value
+            context.flags |= _CODEC_BIT_EXACT
         if source.display_matrix is not None:
             stream.set_display_matrix(source.display_matrix)
         return stream
 
-    def _mux(self, packets: list[av.Packet]) -> None:
+    def _dressed(self, picture: av.VideoFrame, frame: VideoFrame) -> av.VideoFrame:
+        """The picture with the tags and the side data that its encoder takes from pictures."""
+        tags = self._source.colour
+        kept = [item for item in frame.side_data if item[0] == "a53_cc" and self._settings.codec in ("h264", "hevc")]
+        if len(kept) < len(frame.side_data) and not self._captions_lost:
+            self._captions_lost = True
+            self.warnings.append(f"closed captions inside the picture stream: {self._settings.codec} cannot carry them")
+        if kept:
+            picture = with_side_data(picture, kept)
+        picture.colorspace, picture.color_primaries, picture.color_trc = self._matrix_tag, tags.primaries, tags.transfer
+        return picture
+
+    def _mux(self, packets: list[Any]) -> None:
         """Write encoded packets, each after the copied packets that come before it in time."""
         assert self._output is not None
         for packet in packets:
@@ -307,6 +323,29 @@ _MP4_TAGS = {
 }  # fmt: skip
 
 
-def hdr_kind(source: VideoInfo) -> str | None:
-    """ "PQ" or "HLG" where the transfer function is one of high dynamic range."""
-    return HDR_TRANSFERS.get(source.colour.transfer)
+_NAMED_LOSSES = {
+    "DYNAMIC_HDR_PLUS": "HDR10+ dynamic metadata",
+    "DYNAMIC_HDR_VIVID": "HDR Vivid dynamic metadata",
+    "DOVI_METADATA": "Dolby Vision metadata",
+    "DOVI_RPU_BUFFER": "Dolby Vision metadata",
+    "AFD": "active format description",
+    "STEREO3D": "stereo 3D layout",
+    "SPHERICAL": "spherical projection",
+    "ICC_PROFILE": "ICC profile",
+    "AMBIENT_VIEWING_ENVIRONMENT": "ambient viewing environment",
+    "S12M_TIMECODE": "time codes inside the pictures",
+    "GOP_TIMECODE": "time codes inside the pictures",
+}
+
+
+def _uncarried(source: VideoInfo, codec: str) -> list[str]:
+    """What the pictures carry and the result will not."""
+    lost = {words for name, words in _NAMED_LOSSES.items() if name in source.side_data}
+    if codec not in ("h264", "hevc", "av1"):
+        if source.mastering:
+            lost.add("HDR10 mastering display")
+        if source.content_light:
+            lost.add("HDR10 content light level")
+    if any(component.is_alpha for component in av.VideoFormat(source.pix_fmt).components):
+        lost.add("transparency")
+    return [f"{words}: not carried into {codec}" for words in sorted(lost)]

@@ -27,7 +27,7 @@ def picture(index: int, width: int = WIDTH, height: int = HEIGHT, *, time: float
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     rgb_HWC = np.stack([40 + x, 200 - 1.5 * y, 60 + 0.6 * (x + y)], -1)
     rgb_HWC += 12 * np.sin(x / 3.0)[..., None] * np.cos(y / 4.0)[..., None]
-    left, top = 8 + 3.0 * at, 12 + 1.0 * at
+    left, top = 8 + 3.0 * at, 12 + at
     inside = (np.abs(x - left - 8) < 8) & (np.abs(y - top - 8) < 8)
     rgb_HWC[inside] = (235, 220, 40)
     return np.clip(rgb_HWC, 0, 255).astype(np.uint8)
@@ -45,7 +45,9 @@ def make_video_files(folder: Path) -> dict[str, Path]:
         "rotated_mp4": _rotated(folder / "rotated.mp4"),
         "odd_mp4": _simple(folder / "odd.mp4", "libx264", "yuv444p", size=(97, 65), crf=1),
         "vp9_opus_webm": _simple(folder / "vp9_opus.webm", "libvpx-vp9", "yuv420p", audio="libopus"),
-        "av1_mkv": _simple(folder / "av1.mkv", "libsvtav1", "yuv420p", options={"preset": "12", "svtav1-params": "lp=1"}),
+        "av1_mkv": _simple(
+            folder / "av1.mkv", "libsvtav1", "yuv420p", options={"preset": "12", "svtav1-params": "lp=1"}
+        ),
         "ffv1_mkv": _simple(folder / "ffv1.mkv", "ffv1", "yuv422p", audio="flac"),
         "prores_mov": _prores(folder / "prores.mov"),
         "mjpeg_avi": _simple(folder / "mjpeg.avi", "mjpeg", "yuvj420p", audio="pcm_s16le", colour_range=2),
@@ -137,7 +139,10 @@ def _audio_stream(output: Any, codec: str, language: str | None = None) -> Any:
 def _sound(output: Any, stream: Any, duration_s: float, pitch_hz: float = 440.0, start_s: float = 0.0) -> None:
     """Encode a tone; the codec's own sample format is made by the resampler."""
     resampler = av.AudioResampler(
-        format=stream.codec_context.format, layout="stereo", rate=_RATE, frame_size=stream.codec_context.frame_size or 1024
+        format=stream.codec_context.format,
+        layout="stereo",
+        rate=_RATE,
+        frame_size=stream.codec_context.frame_size or 1024,
     )
     total = int(duration_s * _RATE)
     for at in range(0, total, 1024):
@@ -242,15 +247,15 @@ def _hevc_hdr(path: Path) -> Path:
 
 
 def woven(index: int) -> np.ndarray:
-    """An interlaced picture: the even lines show one moment, the odd lines the next."""
-    rgb_HWC = picture(2 * index)
-    rgb_HWC[1::2] = picture(2 * index + 1)[1::2]
+    """An interlaced picture, bottom field first as the encoder marks it: the odd lines show the earlier moment."""
+    rgb_HWC = picture(index, time=index + 0.5)
+    rgb_HWC[1::2] = picture(index)[1::2]
     return rgb_HWC
 
 
 def _interlaced(path: Path, audio: str) -> Path:
     with av.open(str(path), "w") as output:
-        options = {"flags": "+ildct+ilme", "b": "3000000", "top": "1"}
+        options = {"flags": "+ildct+ilme", "b": "3000000"}
         video = _video_stream(output, "mpeg2video", "yuv420p", (WIDTH, HEIGHT), options)
         video.codec_context.sample_aspect_ratio = Fraction(16, 15)
         video.codec_context.max_b_frames = 2
