@@ -45,11 +45,12 @@ $(STAMPS)/app: pyproject.toml constraints.txt $(STAMPS)/torch
 	@$(PIP) -e .
 	@touch $@
 
-# torchvision only lends RAFT to the tests; without its dependencies, because they name one exact build of torch.
+# torchvision only lends RAFT to the tests, from a folder of its own: beside a torch without CUDA it cannot be imported, and
+# diffusers and transformers fail when they find it. Without its dependencies, because they name one exact build of torch.
 $(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/torch
 	@echo "Installing Upriver with its test tools ..."
 	@$(PIP) -e ".[dev]"
-	@$(PIP) --no-deps "$$(grep '^torchvision==' constraints.txt)"
+	@$(PIP) --no-deps --upgrade --target $(VENV)/torchvision-for-tests "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@ $(STAMPS)/app
 
 venv: $(STAMPS)/dev  ## the environment of `make test` and `make lint`

@@ -10,9 +10,11 @@ channel 0 = dx, 1 = dy, from the current frame to the previous one.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -92,7 +94,12 @@ class DISFlow:
     name = "dis"
 
     def __init__(self, size: FlowSize = "input") -> None:
-        _require_module("cv2", "dis", "Install opencv-python-headless, or choose flow='zero'.")
+        if importlib.util.find_spec("cv2") is None:
+            raise FlowError(
+                "The flow estimator 'dis' needs OpenCV.",
+                code="flow-dis-missing",
+                remedy="Install opencv-python-headless, or choose flow='zero'.",
+            )
         self.size = size
 
     def __call__(self, current_B3hw: Tensor, previous_B3hw: Tensor) -> Tensor:
@@ -130,14 +137,14 @@ class RAFTFlow:
             weights from its cache, or downloads them there, at the first call.
 
     Raises:
-        FlowError: torchvision is not installed (at once), or the weights cannot be had or do not fit (at the first
+        FlowError: torchvision is not installed or not for this torch (at once), or the weights cannot be had or do not fit (at the first
             call).
     """
 
     name = "raft"
 
     def __init__(self, size: FlowSize = "output", weights: str | os.PathLike[str] | None = None) -> None:
-        _require_module("torchvision", "raft", "Install it by `pip install 'upriver[raft]'`, or choose flow='dis'.")
+        _import_raft()  # a missing or mismatched torchvision shows now, not at the second frame
         self.size = size
         self.weights = weights
         self._model: torch.nn.Module | None = None
@@ -164,9 +171,7 @@ class RAFTFlow:
 
     def _loaded(self) -> torch.nn.Module:
         if self._model is None:
-            from torchvision.models.optical_flow import raft_large
-
-            model: torch.nn.Module = raft_large(weights=None, progress=False)
+            model: torch.nn.Module = _import_raft().raft_large(weights=None, progress=False)
             try:
                 model.load_state_dict(self._read_weights())
             except RuntimeError as error:
@@ -181,11 +186,10 @@ class RAFTFlow:
         try:
             if self.weights is not None:
                 return load_file(self.weights)
-            from torchvision.models.optical_flow import Raft_Large_Weights
-
+            url = _import_raft().Raft_Large_Weights.DEFAULT.url
             # weights_only: a restricted reader that runs no code from the file
             weights: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
-                Raft_Large_Weights.DEFAULT.url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
             return weights
         except (OSError, SafetensorError) as error:
@@ -244,9 +248,16 @@ def _grey_levels(frames: Tensor) -> Tensor:
     return ((luma + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def _require_module(module: str, name: FlowName, remedy: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise FlowError(f"The flow estimator {name!r} needs {module}.", code=f"flow-{name}-missing", remedy=remedy)
+def _import_raft() -> ModuleType:
+    """Import torchvision's optical flow; its compiled part exists for one build of torch only, hence the RuntimeError."""
+    try:
+        return importlib.import_module("torchvision.models.optical_flow")
+    except (ImportError, RuntimeError) as error:
+        raise FlowError(
+            f"The flow estimator 'raft' needs torchvision: {error}.",
+            code="flow-raft-missing",
+            remedy="Install it for this torch by `pip install 'upriver[raft]'`, or choose flow='dis'.",
+        ) from error
 
 
 def _no_weights(path: str | os.PathLike[str] | None, reason: str) -> FlowError:
