@@ -1,4 +1,4 @@
-"""The side-by-side picture and video of a restoration: input, bicubic, restored, and the original where there is one."""
+"""The side-by-side picture and video of a restoration: input, bicubic, restored, and the original if there is one."""
 
 from __future__ import annotations
 

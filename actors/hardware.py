@@ -30,7 +30,7 @@ def choose_device(wanted: str) -> str:
         index = int(wanted.partition(":")[2] or 0)
         if index >= torch.cuda.device_count():
             raise ActorsError(
-                f"The device {wanted} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.",
+                f"The device {wanted} is not there: torch sees {torch.cuda.device_count()} CUDA devices.",
                 code="device-missing",
                 remedy="Use --device auto, or install a CUDA build of torch and its driver.",
             )

@@ -18,8 +18,8 @@ T = TypeVar("T")
 class ReadAhead(Generic[T]):
     """Iterate over `items` in a thread that stays at most `depth` items ahead of the consumer.
 
-    An exception raised by `items` reaches the consumer after the items before it. `close` stops the thread; the source is
-    touched by no other thread until then, and by none afterwards.
+    An exception raised by `items` reaches the consumer after the items before it. `close` stops the thread; the source
+    is touched by no other thread until then, and by none afterwards.
     """
 
     def __init__(self, items: Iterable[T], depth: int = 4) -> None:

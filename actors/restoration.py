@@ -138,7 +138,7 @@ class Restoration:
 
     def run(self) -> Iterator[int]:
         """Restore frame after frame; yields the number of frames done after each."""
-        detector = CutDetector() if self._options["cuts"] else None
+        detector = _cut_detector() if self._options["cuts"] else None
         for frame in self._frames:
             if detector is not None and detector.update(frame.rgb_HWC):
                 self._state.reset()
@@ -187,3 +187,9 @@ class Restoration:
         self._writer.abort()
         if self._comparison is not None:
             self._comparison.abort()
+
+
+def _cut_detector():
+    from pipeline.shots import CutDetector
+
+    return CutDetector()

@@ -1,10 +1,10 @@
 """The actor that restores: one model, one row at a time, decoding and encoding overlapped with it.
 
-A row is one causal task. The actor reads its frames, steps the model, writes a video file into the job's work area, and
-yields small records: pixels never leave the process. It moves nothing to its final place; that is the driver's decision.
+A row is one causal task. The actor reads its frames, steps the model, writes a video file into the job's work area,
+and yields small records: pixels never leave the process. It moves nothing to its final place; that is up to the driver.
 
-Called again with the same row (an actor died, a task was tried again) it starts that row over, and every record says how
-far the row is, not how much was added: so records may be repeated or spliced without harm.
+Called again with the same row (an actor died, a task was tried again) it starts that row over, and every record says
+how far the row is, not how much was added: so records may be repeated or spliced without harm.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from actors.restoration import Restoration
 
 if TYPE_CHECKING:
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, NDArray[Any]]
 RECORD_INTERVAL_S = 0.5
@@ -46,7 +49,7 @@ class EngineOptions:
 class Upscaler:
     """Restores rows (see `jobs.plan.Row`); one instance lives in each worker of the pool.
 
-    The model is loaded by the first row, so that a model that cannot be loaded is a failure with a message like any other.
+    The model is loaded by the first row: so a model that cannot be loaded is a failure with a message like any other.
     """
 
     def __init__(self, engine: dict[str, Any]) -> None:
@@ -66,6 +69,7 @@ class Upscaler:
             for frames, details in self._restore(row):
                 yield _record(row, "progress" if details is None else "done", frames, details or {})
         except Exception as error:
+            logger.exception("row %s failed", row["row_id"])  # to the worker's log, for those who debug a cluster
             details = {**describe_failure(error), "seconds": time.perf_counter() - began}
             yield _record(row, "failed", 0, details)
 
@@ -73,15 +77,19 @@ class Upscaler:
         if self._pipe is None:
             import torch
 
-            from pipeline import StreamDiffVSRPipeline
+            from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
             began = time.perf_counter()
             # Ray gives a worker one OpenMP thread unless it reserves more; what to use is decided by the job.
             torch.set_num_threads(self._options.threads)
             device = choose_device(self._options.device)
-            flow = {} if self._options.flow == "auto" else {"flow": self._options.flow}
-            pipe = StreamDiffVSRPipeline.from_pretrained(self._options.model, **flow)
-            self._pipe = pipe.to(device, choose_dtype(self._options.dtype, device))
+            self._pipe = StreamDiffVSRPipeline.from_pretrained(
+                self._options.model,
+                torch_dtype=choose_dtype(self._options.dtype, device),
+                device=device,
+                flow=None if self._options.flow == "auto" else self._options.flow,
+                max_pixels=self._options.max_pixels,
+            )
             self._load_s = time.perf_counter() - began
         return self._pipe
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from infra.errors import InfraError
@@ -31,11 +32,12 @@ class Cluster:
 
 
 @contextmanager
-def connected(num_cpus: int) -> Iterator[Cluster]:
+def connected(num_cpus: int, *, quiet: bool = True) -> Iterator[Cluster]:
     """Yield a `Cluster` to run tasks on; a Ray that was started or joined for it is shut down at the end.
 
     Args:
         num_cpus: logical CPUs of a Ray that is started here.
+        quiet: drop what Ray's native code writes to stderr while Ray runs; Python's stderr is not touched.
 
     Raises:
         InfraError: the cluster cannot be reached or Ray does not start.
@@ -46,41 +48,66 @@ def connected(num_cpus: int) -> Iterator[Cluster]:
     began = time.perf_counter()
     ours = not ray.is_initialized()
     address = os.environ.get("RAY_ADDRESS") or "local"
-    if ours:
-        try:
-            if address == "local":
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=False,
-                    configure_logging=True,
-                    logging_level=logging.CRITICAL,
-                    log_to_driver=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                )
-            else:
-                ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InfraError(
-                f"Ray at {address} cannot be used: {reason}.",
-                code="ray-unavailable",
-                remedy="Correct or unset RAY_ADDRESS." if address != "local" else "Check free memory and disk space.",
-            ) from error
-    try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        total = ray.cluster_resources()
-        yield Cluster(
-            address=address,
-            local=address == "local",
-            nodes=len(nodes),
-            cpus=int(total.get("CPU", 0)),
-            gpus=int(total.get("GPU", 0)),
-            start_s=time.perf_counter() - began,
-        )
-    finally:
+    with native_stderr_dropped() if ours and quiet else nullcontext():
         if ours:
-            ray.shutdown()
+            _start(address, num_cpus)
+        try:
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            total = ray.cluster_resources()
+            yield Cluster(
+                address=address,
+                local=address == "local",
+                nodes=len(nodes),
+                cpus=int(total.get("CPU", 0)),
+                gpus=int(total.get("GPU", 0)),
+                start_s=time.perf_counter() - began,
+            )
+        finally:
+            if ours:
+                ray.shutdown()
+
+
+def _start(address: str, num_cpus: int) -> None:
+    import ray
+
+    try:
+        if address == "local":
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                logging_level=logging.CRITICAL,
+                log_to_driver=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+        else:
+            ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InfraError(
+            f"Ray at {address} cannot be used: {reason}.",
+            code="ray-unavailable",
+            remedy="Correct or unset RAY_ADDRESS." if address != "local" else "Check free memory and disk space.",
+        ) from error
+
+
+@contextmanager
+def native_stderr_dropped() -> Iterator[None]:
+    """Send what native code writes to file descriptor 2 nowhere; `sys.stderr` keeps its way to where it went before."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    before = sys.stderr
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    sys.stderr = os.fdopen(os.dup(kept), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stderr.close()
+        sys.stderr = before
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _quieten() -> None:
@@ -89,6 +116,7 @@ def _quieten() -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what the raylet says of dead workers would go to stdout
         "RAY_TQDM": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
     }.items():

@@ -1,8 +1,8 @@
 """Settings of the command line and where each value came from.
 
 Order of precedence: flags, then `UPRIVER_*` in the environment, then the configuration file, then defaults. The file
-is TOML with the same names as below: the one named by `--config` or `UPRIVER_CONFIG`, otherwise `upriver/config.toml` in
-the user's configuration folder. Knows nothing of models or videos: values are checked for type and range only.
+is TOML with the same names as below: the one named by `--config` or `UPRIVER_CONFIG`, otherwise `upriver/config.toml`
+in the user's configuration folder. Knows nothing of models or videos: only type and range of values are checked.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ def evaluate(ctx: typer.Context) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `upriver` with `arguments` (default: the process's) and return the exit status; never raises for bad input."""
+    """Run `upriver` with `arguments` (default: the process's) and return the exit status; raises for no bad input."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return int(app(args=typed, prog_name="upriver", standalone_mode=False) or 0)

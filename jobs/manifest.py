@@ -1,7 +1,7 @@
 """What a finished job leaves beside its results: one manifest per video, and a ledger of failed attempts.
 
-A manifest exists only for a finished video: it is written after the video itself has its name. It says what the result was
-made from and with, so that the same command again knows that there is nothing to do.
+A manifest exists only for a finished video: it is written after the video itself has its name. It says what the result
+was made from and with, so that the same command again knows that there is nothing to do.
 """
 
 from __future__ import annotations

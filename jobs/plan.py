@@ -19,8 +19,10 @@ from infra.storage import storage_for
 from jobs.errors import NoInputError, UsageError
 
 VIDEO_SUFFIXES = frozenset(
-    [".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"]
-    + [".mpg", ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv"]
+    {
+        *(".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4"),
+        *(".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
+    }
 )
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 FALLBACK_SUFFIX = ".mkv"  # for sources in a container that is not written; it carries nearly everything

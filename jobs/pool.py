@@ -1,10 +1,11 @@
 """From rows to records: the Ray Data pipeline of a restore job, and the traps that it steps around.
 
-* One row is one block and one task, with one task in flight per actor: a row stays on one actor from first to last frame.
+* One row is one block and one task, with one task in flight per actor: a row stays on one actor from end to end.
 * An actor next to a GPU reserves no CPU, otherwise a pool on a small machine starves everything upstream of it.
 * Blocks are flushed at every record. With the default of 128 MB the first record would arrive with the last one, and a
   job without output for half an hour is taken for dead.
-* A row whose actor dies is tried again a limited number of times, not for ever, and its loss does not end the job.
+* A dead actor is replaced, but its row is not tried again by Ray, which by default would do so for ever: the row's
+  records end without a last one, and the caller decides. (If it could not be replaced, the other rows would wait.)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import logging
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +27,6 @@ from infra.cluster import Cluster
 from infra.settings import Settings
 from jobs.errors import ExitCode, Interrupted
 from jobs.plan import Row
-
-MAX_ATTEMPTS = 3  # of a row whose actor dies
 
 
 class Record(TypedDict):
@@ -65,7 +65,7 @@ def pool_size(settings: Settings, cluster: Cluster, rows: int) -> PoolSize:
 def run_rows(rows: Sequence[Row], engine: EngineOptions, size: PoolSize) -> Iterator[Record]:
     """Restore `rows` on a pool of actors and yield their records as they come, rows mixed.
 
-    Rows start in the order given. A row whose actor died `MAX_ATTEMPTS` times ends without a `done` or `failed` record.
+    Rows start in the order given. A row whose actor died ends without a `done` or `failed` record.
     """
     import ray.data
 
@@ -76,7 +76,9 @@ def run_rows(rows: Sequence[Row], engine: EngineOptions, size: PoolSize) -> Iter
     context.max_errored_blocks = -1
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    with ray.data.DataContext.current(context):
+    with ray.data.DataContext.current(context), warnings.catch_warnings():
+        # Ray has no other way yet to bound restarts than the keyword arguments that it announces to remove.
+        warnings.simplefilter("ignore", category=DeprecationWarning)
         data = ray.data.from_items([dict(row) for row in rows], override_num_blocks=len(rows)).map_batches(
             Upscaler,
             fn_constructor_args=(dataclasses.asdict(engine),),
@@ -85,7 +87,7 @@ def run_rows(rows: Sequence[Row], engine: EngineOptions, size: PoolSize) -> Iter
             num_gpus=size.gpus_each or None,
             num_cpus=size.cpus_each,
             max_restarts=-1,
-            max_task_retries=MAX_ATTEMPTS - 1,
+            max_task_retries=0,
         )
         for row in data.iter_rows():
             yield Record(

@@ -44,7 +44,7 @@ class _Rate(ProgressColumn):
 
 
 class ProgressBar:
-    """A bar over all frames of a job; a context manager. `note` changes the text in front of it."""
+    """A bar over all frames of a job; a context manager."""
 
     def __init__(self, total_frames: int | None, *, quiet: bool = False) -> None:
         console = Console(stderr=True)
@@ -61,6 +61,7 @@ class ProgressBar:
             speed_estimate_period=60.0,
         )
         of = "?" if total_frames is None else str(total_frames)
+        self._frames: dict[str, int] = {}
         self._task = self._progress.add_task("starting", total=total_frames, of=of)
 
     def __enter__(self) -> Self:
@@ -72,13 +73,10 @@ class ProgressBar:
     ) -> None:
         self._progress.stop()
 
-    def note(self, text: str) -> None:
-        """Show `text` in front of the bar."""
-        self._progress.update(self._task, description=text)
-
-    def show(self, frames_done: int) -> None:
-        """Show how many frames of the job are done."""
-        self._progress.update(self._task, completed=frames_done)
+    def show(self, name: str, frames: int) -> None:
+        """Show that `frames` of the video `name` are done."""
+        self._frames[name] = frames
+        self._progress.update(self._task, description=name, completed=sum(self._frames.values()))
 
 
 def print_summary(outcomes: Sequence[Outcome]) -> None:

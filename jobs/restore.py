@@ -35,9 +35,11 @@ from jobs.manifest import (
 )
 from jobs.model import ResolvedModel, resolve_model
 from jobs.plan import Item, Row, RowOptions, Selection, plan_row, probe_all, probe_item, row_options, run_id, select
-from jobs.pool import MAX_ATTEMPTS, pool_size, run_rows, stopping_on_signals
+from jobs.pool import PoolSize, pool_size, run_rows, stopping_on_signals
 from jobs.progress import Outcome, ProgressBar, print_summary
 from jobs.workarea import WorkArea
+
+MAX_ATTEMPTS = 3  # of a row whose worker dies
 
 
 @dataclass(slots=True)
@@ -201,40 +203,56 @@ class RestoreJob:
         total = sum(frames_known) if min(frames_known) >= 0 else None
         size = pool_size(self._settings, cluster, len(rows))
         engine = EngineOptions(
-            model=model.folder,
+            model=model.source,
             device=self._settings.device,
             dtype=self._settings.dtype,
             flow=self._settings.flow,
             threads=size.threads_each,
             max_pixels=self._settings.max_pixels,
         )
-        frames: dict[str, int] = {}
         with ProgressBar(total, quiet=self._quiet) as bar:
-            for record in run_rows([row for row, _ in rows], engine, size):
-                if record["row_id"] not in open_rows:
-                    continue  # a record that a repeated attempt said again
-                row, item = open_rows[record["row_id"]]
-                frames[item.name] = record["frames"]
-                bar.note(item.name)
-                bar.show(sum(frames.values()))
-                details = json.loads(record["details"])
-                if record["kind"] == "done":
-                    del open_rows[record["row_id"]]
-                    self._publish(row, item, model, record["frames"], details)
-                elif record["kind"] == "failed":
-                    del open_rows[record["row_id"]]
-                    seconds = details.pop("seconds")
-                    self._fail(item, Failure(**details), ledger, seconds=seconds)
-                    if details["failure_class"] == FailureClass.MODEL:
-                        _raise_failure(Failure(**details))  # no other video would fare better
-        for _, item in open_rows.values():
-            lost = Failure(
-                failure_class=FailureClass.LOST_ACTOR,
-                code="actor-lost",
-                message=f"The worker that restored {item.name} died {MAX_ATTEMPTS} times.",
-                remedy="It may have lacked memory: try fewer --actors, --dtype bf16, or a smaller source.",
-            )
-            self._fail(item, lost, ledger, attempt=MAX_ATTEMPTS)
+            for attempt in range(1, MAX_ATTEMPTS + 1):
+                self._run_rows(open_rows, engine, size, ledger, model, bar)
+                for _, item in open_rows.values():
+                    self._lost(item, ledger, attempt)
+                if not open_rows:
+                    break
+
+    def _run_rows(
+        self,
+        open_rows: dict[str, tuple[Row, Item]],
+        engine: EngineOptions,
+        size: PoolSize,
+        ledger: Ledger,
+        model: ResolvedModel,
+        bar: ProgressBar,
+    ) -> None:
+        """Restore `open_rows` and take out of it each row that ended; what stays in it lost its worker."""
+        for record in run_rows([row for row, _ in open_rows.values()], engine, size):
+            row, item = open_rows[record["row_id"]]
+            bar.show(item.name, record["frames"])
+            details = json.loads(record["details"])
+            if record["kind"] == "done":
+                self._publish(row, item, model, record["frames"], details)
+                del open_rows[record["row_id"]]
+            elif record["kind"] == "failed":
+                seconds = details.pop("seconds")
+                if details["failure_class"] == FailureClass.MODEL:
+                    _raise_failure(Failure(**details))  # no other video would fare better
+                self._fail(item, Failure(**details), ledger, seconds=seconds)
+                del open_rows[record["row_id"]]
+
+    def _lost(self, item: Item, ledger: Ledger, attempt: int) -> None:
+        lost = Failure(
+            failure_class=FailureClass.LOST_ACTOR,
+            code="actor-lost",
+            message=f"The worker that restored {item.name} died in attempt {attempt} of {MAX_ATTEMPTS}.",
+            remedy="It may have lacked memory: try fewer --actors, --dtype bf16, or a smaller source.",
+        )
+        if attempt < MAX_ATTEMPTS:
+            ledger.add(item.name, lost, attempt=attempt)
+        else:
+            self._fail(item, lost, ledger, attempt=attempt)
 
     def _plan(self, pending: list[Item], area: WorkArea, ledger: Ledger) -> list[tuple[Row, Item]]:
         """Return rows, the most pixels first: the last rows to end should be short ones."""

@@ -1,0 +1,29 @@
+"""Which model a job uses: found and checked once, before anything is started, and named by its fingerprint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """`source` is what actors load: a name that means the same on every machine, or an absolute folder."""
+
+    source: str
+    sha256: str
+
+
+def resolve_model(source: str) -> ResolvedModel:
+    """Load the model's weights, compare them with its configuration, and return its identity.
+
+    Raises:
+        CheckpointError: it is unknown, incomplete, pickled, or does not fit its configuration.
+    """
+    from pipeline.checkpoint import built_in_models, load_checkpoint
+
+    checkpoint = load_checkpoint(source)
+    folder = Path(source).expanduser()
+    if source not in built_in_models() and folder.is_dir():
+        source = str(folder.resolve())
+    return ResolvedModel(source, checkpoint.model_sha256)
