@@ -132,3 +132,21 @@ def stage3(
         batch=batch, crop=crop, learning_rate=learning_rate, device=device, mixed_precision=mixed_precision, threads=threads,
         size=size,
     )  # fmt: skip
+
+
+@app.command()
+def pack(
+    data: Data,
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    max_mb: Annotated[float, typer.Option(min=1, help="Upper limit of the folder in megabytes.")] = 38,
+    max_side: Annotated[int, typer.Option(min=160, help="Longest side of a picture in pixels.")] = 1800,
+    max_frames: Annotated[int, typer.Option(min=2, help="Frames kept of every clip.")] = 48,
+    max_height: Annotated[int, typer.Option(min=160, help="Rows kept of every clip.")] = 480,
+) -> None:
+    """Pack training data, with the flow of real clips, into a small folder that travels."""
+    from pipeline.packing import pack as write
+
+    size = write(
+        data, destination, max_mb=max_mb, max_side=max_side, max_frames=max_frames, max_height=max_height
+    )
+    typer.echo(f"{destination}: {size / 1e6:.1f} MB")

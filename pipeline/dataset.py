@@ -108,7 +108,9 @@ def load_clip(path: Path, *, max_frames: int, max_height: int, flow: bool = True
     if not flow:
         fields = np.zeros((len(stack) - 1, 2, stack.shape[1] // SCALE, stack.shape[2] // SCALE), np.float16)
     elif stored.exists():
-        fields = np.load(stored)["flow"]
+        from pipeline.packing import read_flow
+
+        fields = read_flow(stored)
     else:
         fields = estimate_flow(stack)
     return Clip(path.stem, stack, fields[: len(stack) - 1])
@@ -225,7 +227,7 @@ class TrainingData:
         places = [[int(rng.integers(size - use + 1)) for size, use in zip(picture.shape[:2], room, strict=True)] for _ in range(3)]
         crops = [picture[top : top + room[0], left : left + room[1]] for top, left in places]
         crop = max(crops, key=lambda c: float(np.abs(np.diff(c[::2, :, 1].astype(np.int16), axis=1)).mean()))
-        return torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1).float() / 255
+        return torch.from_numpy(crop.copy()).permute(2, 0, 1).float() / 255
 
     def batches(
         self, seed: int, *, batch: int, frames: int, side: int, severity: float, clip_share: float, start: int = 0

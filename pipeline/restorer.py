@@ -16,7 +16,7 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.autoencoder import TemporalAutoencoderTiny
@@ -77,6 +77,8 @@ class Restorer(nn.Module):
         self.scheduler_config = scheduler.config
         self.register_buffer("alphas", scheduler.alphas_cumprod.clone(), persistent=False)
         self.final_alpha = float(scheduler.final_alpha_cumprod)
+        self.size = _size_of(unet, vae)
+        self.history: dict[str, int] = {}  # stage -> iterations, kept in the model folder's training.json
 
     @classmethod
     def create(cls, size: ModelSize) -> Restorer:
@@ -184,7 +186,7 @@ class Restorer(nn.Module):
         self.unet.save_pretrained(folder / "unet")
         self.vae.save_pretrained(folder / "vae")
         if self.controlnet is None:  # a stage-1 model still loads everywhere: its guidance is the zero-initialised no-op
-            guidance = ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=SIZES["tiny"].conditioning)
+            guidance = ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=self.size.conditioning)
             guidance.save_pretrained(folder / "controlnet")
         else:
             self.controlnet.save_pretrained(folder / "controlnet")
@@ -194,18 +196,40 @@ class Restorer(nn.Module):
         prompt = torch.zeros(1, 1, self.unet.config.cross_attention_dim)
         save_file({"prompt_embeds": prompt}, folder / "prompt_embeds.safetensors")
         (folder / "upriver.json").write_text(json.dumps(extra, indent=2) + "\n")
+        (folder / "training.json").write_text(json.dumps(self.history, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Restorer:
-        """Read a folder in the published layout for training."""
-        has_guidance = (folder / "controlnet" / "config.json").exists()
-        controlnet = ControlNetModel.from_pretrained(folder / "controlnet") if has_guidance else None
-        return cls(
+        """Read a folder in the published layout for training.
+
+        ARTG of a model that never went through stage 3 is only a placeholder, and is left out.
+        """
+        record = folder / "training.json"
+        history = json.loads(record.read_text()) if record.exists() else {"stage3": 0}
+        controlnet = ControlNetModel.from_pretrained(folder / "controlnet") if "stage3" in history else None
+        restorer = cls(
             UNet2DConditionModel.from_pretrained(folder / "unet"),
             TemporalAutoencoderTiny.from_pretrained(folder / "vae"),
             DDIMScheduler.from_pretrained(folder / "scheduler"),
             controlnet,
         )
+        restorer.history = history
+        return restorer
+
+
+def _size_of(unet: UNet2DConditionModel, vae: TemporalAutoencoderTiny) -> ModelSize:
+    """Read the widths back from the networks; ARTG's embedding is that of the named size with this U-Net."""
+    return ModelSize(
+        unet=tuple(unet.config.block_out_channels),
+        layers=unet.config.layers_per_block,
+        groups=unet.config.norm_num_groups,
+        conditioning=next(
+            (s.conditioning for s in SIZES.values() if s.unet == tuple(unet.config.block_out_channels)), (16, 24, 32)
+        ),
+        autoencoder=tuple(vae.config.encoder_block_out_channels),
+        encoder_blocks=tuple(vae.config.num_encoder_blocks),
+        latent_channels=vae.config.latent_channels,
+    )
 
 
 def ddim_step(v: Tensor, z: Tensor, alpha: Tensor | float, following: Tensor | float) -> Tensor:
@@ -234,6 +258,5 @@ __all__ = [
     "RolloutResult",
     "add_noise",
     "ddim_step",
-    "load_file",
     "warp_previous",
 ]

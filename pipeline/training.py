@@ -31,7 +31,7 @@ from pipeline.dataset import TrainingData
 from pipeline.errors import PipelineError
 from pipeline.losses import discriminator_loss
 from pipeline.objectives import Objective, TrainConfig
-from pipeline.restorer import SCHEDULES, SIZES, Restorer
+from pipeline.restorer import SCHEDULES, SIZES, ModelSize, Restorer
 
 SNAPSHOT_LIMIT_BYTES = 15 * 2**20
 MODEL_CONFIG: dict[str, object] = {
@@ -109,6 +109,7 @@ class Trainer:
             flow=config.frames > 1,
         )
         self.restorer = self._initial_model()
+        self.earlier_iterations = self.restorer.history.get(config.stage, 0)
         self.objective = Objective(self.restorer.to(self.device), config, self.device)
         groups = self.objective.trainable()
         self.rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
@@ -129,10 +130,14 @@ class Trainer:
 
     def _initial_model(self) -> Restorer:
         config = self.config
-        if config.init is not None:
+        if config.init is not None and config.init.is_file():
+            restorer = self._from_snapshot(config.init)
+        elif config.init is not None:
             if not (config.init / "model_index.json").exists():
                 raise TrainingError(
-                    f"{config.init} holds no model", code="training-init", remedy="Name a folder with model_index.json."
+                    f"{config.init} holds no model",
+                    code="training-init",
+                    remedy="Name a model folder (with model_index.json) or a snapshot file.",
                 )
             restorer = Restorer.load(config.init)
         elif config.stage == "autoencoder":
@@ -150,7 +155,28 @@ class Trainer:
                 remedy="Pass --init with the folder that the stage before wrote (RUN/model).",
             )
         if config.stage == "stage3" and restorer.controlnet is None:
-            restorer.add_guidance(SIZES[config.size].conditioning)
+            restorer.add_guidance(restorer.size.conditioning)
+        return restorer
+
+    def _from_snapshot(self, path: Path) -> Restorer:
+        """Build the model of a snapshot.
+
+        The same stage goes on from the weights themselves (`_resume` adds averages and discriminator); another stage starts
+        from the averages, which are what would have been shipped.
+        """
+        tensors, metadata = _read(path)
+        if "size" not in metadata:
+            raise TrainingError(
+                f"{path} is no snapshot of a training run", code="training-init", remedy="Write one with --snapshot."
+            )
+        restorer = Restorer.create(ModelSize.model_validate_json(metadata["size"]))
+        restorer.history = json.loads(metadata["history"])
+        if "stage3" in restorer.history:
+            restorer.add_guidance(restorer.size.conditioning)
+        weights = _part(tensors, "model.")
+        if metadata["stage"] != self.config.stage:
+            weights |= _part(tensors, "average.")
+        restorer.load_state_dict({name: value.float() for name, value in weights.items()})
         return restorer
 
     def run(self) -> Path:
@@ -274,7 +300,12 @@ class Trainer:
         if self.objective.discriminator is not None and self.judge_optimiser is not None:
             tensors |= {f"judge.{k}": v for k, v in self.objective.discriminator.state_dict().items()}
             tensors |= _optimiser_tensors("judge_optimiser", self.judge_optimiser)
-        metadata = {"iteration": str(self.iteration), "config": self.config.model_dump_json()}
+        self.restorer.history[self.config.stage] = self.earlier_iterations + self.iteration
+        metadata = {
+            "iteration": str(self.iteration),
+            "config": self.config.model_dump_json(),
+            "history": json.dumps(self.restorer.history),
+        }
         _write(tensors, out / "state.safetensors", metadata)
         self.average.swap(self.restorer)
         try:
@@ -300,38 +331,46 @@ class Trainer:
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         public = self.config.model_dump(mode="json", exclude={"data", "out", "init", "snapshot", "device", "threads"})
-        _write(tensors, path, {"iteration": str(self.iteration), "stage": self.config.stage, "config": json.dumps(public)})
+        metadata = {
+            "stage": self.config.stage,
+            "iteration": str(self.iteration),
+            "history": json.dumps(self.restorer.history),
+            "size": self.restorer.size.model_dump_json(),
+            "config": json.dumps(public),
+        }
+        _write(tensors, path, metadata)
 
     def _resume(self) -> None:
-        path = self.config.out / "state.safetensors"
-        if path.exists():
-            self._restore(path, exact=True)
-        elif self.config.snapshot is not None and self.config.snapshot.exists() and self.config.init is None:
-            self._restore(self.config.snapshot, exact=False)
-
-    def _restore(self, path: Path, *, exact: bool) -> None:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-        stage = metadata.get("stage") or json.loads(metadata["config"])["stage"]
-        if stage != self.config.stage:
-            raise TrainingError(
-                f"{path} is a run of {stage}, not of {self.config.stage}",
-                code="training-resume",
-                remedy="Choose another --out folder, or pass the finished stage's model as --init.",
-            )
-        tensors = load_file(path, device=str(self.device))
-        self.restorer.load_state_dict(_part(tensors, "model."), strict=exact)
-        for name, value in _part(tensors, "average.").items():
-            if name in self.average.values:
-                self.average.values[name].copy_(value)
-        judge = _part(tensors, "judge.")
-        if self.objective.discriminator is not None and judge:
-            self.objective.discriminator.load_state_dict(judge)
-        if exact:
+        """Go on with the run folder's state; else take averages and discriminator from a snapshot of the same stage."""
+        state = self.config.out / "state.safetensors"
+        init = self.config.init
+        if state.exists():
+            tensors, metadata = _read(state)
+            stage = json.loads(metadata["config"])["stage"]
+            if stage != self.config.stage:
+                raise TrainingError(
+                    f"{state} is a run of {stage}, not of {self.config.stage}",
+                    code="training-resume",
+                    remedy="Choose another --out folder, or pass the finished stage's model as --init.",
+                )
+            self.restorer.load_state_dict(_part(tensors, "model."))
             self.iteration = int(metadata["iteration"])
+            self.restorer.history = json.loads(metadata["history"])
+            self.earlier_iterations = self.restorer.history.get(stage, 0) - self.iteration
             _load_optimiser(self.optimiser, _part(tensors, "optimiser."))
             if self.judge_optimiser is not None:
                 _load_optimiser(self.judge_optimiser, _part(tensors, "judge_optimiser."))
+        elif init is not None and init.is_file():
+            tensors, metadata = _read(init)
+            if metadata["stage"] != self.config.stage:
+                tensors = {key: value for key, value in tensors.items() if key.startswith("judge.")}
+        else:
+            return
+        for name, value in _part(tensors, "average.").items():
+            self.average.values[name].copy_(value)
+        judge = _part(tensors, "judge.")
+        if self.objective.discriminator is not None and judge:
+            self.objective.discriminator.load_state_dict(judge)
 
 
 class _Distributed(nn.Module):
@@ -350,6 +389,12 @@ class _Distributed(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         return self.wrapped(*args, **kwargs)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata() or {}
+    return load_file(path), metadata
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

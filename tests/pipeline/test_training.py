@@ -1,0 +1,213 @@
+"""Training: the same arithmetic as inference, exact resumption, and each stage moves only its own weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipeline import StreamDiffVSRPipeline
+from pipeline.closed_form import initialise
+from pipeline.dataset import DatasetError, TrainingData
+from pipeline.objectives import TrainConfig
+from pipeline.restorer import SCHEDULES, ModelSize, Restorer, warp_previous
+from pipeline.training import MODEL_CONFIG, Trainer, TrainingError, learning_rate_factor
+
+SMALL = ModelSize(unet=(8, 16), groups=4, conditioning=(4, 8, 8), autoencoder=(8, 16, 48), encoder_blocks=(1, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three textured pictures, one of them twice."""
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        y, x = np.mgrid[0:220, 0:260]
+        waves = sum(np.sin(x * a + y * b + c) for a, b, c in rng.uniform(0.02, 0.6, (6, 3)))
+        picture = np.clip(128 + 30 * np.stack([waves, np.roll(waves, 9), waves.T.repeat(2, 1)[:220, :260]], -1), 0, 255)
+        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{number}.png")
+    Image.open(folder / "0.png").save(folder / "copy.png")
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    restorer = Restorer.create(SMALL)
+    restorer.save(tmp_path / "model0", MODEL_CONFIG)
+    return tmp_path / "model0"
+
+
+def config(stage: str, data: Path, out: Path, **more: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "stage": stage, "data": [data], "out": out, "batch": 2, "crop": 64, "perceptual": 0.0, "gan": 0.0, "holdout": 0,
+        "iterations": 4, "warmup": 1, "validate_every": 1000, "device": "cpu", "frames": 2, "ema": 0.5,
+    }  # fmt: skip
+    return TrainConfig.model_validate(values | more)
+
+
+def no_validation(trainer: Trainer) -> Trainer:
+    trainer._validate = lambda: None  # type: ignore[method-assign]  # needs the judge's weights, which are fetched
+    return trainer
+
+
+def test_rollout_is_what_the_engine_computes(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    restorer = Restorer.create(SMALL)
+    restorer.add_guidance(SMALL.conditioning)
+    assert restorer.controlnet is not None
+    for parameter in restorer.controlnet.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    restorer.history["stage3"] = 1
+    restorer.save(tmp_path / "m", MODEL_CONFIG)
+    pipe = StreamDiffVSRPipeline.from_pretrained(tmp_path / "m", flow="zero")
+    frames = torch.rand(2, 1, 3, 24, 20) * 2 - 1
+    noise, flow = torch.randn(1, 4, 24, 20), torch.randn(1, 2, 96, 80)
+    for steps, timesteps in SCHEDULES.items():
+        state = pipe.start()
+        first = pipe.step(frames[0], [state], noise_B4HW=noise, steps=steps)
+        second = pipe.step(frames[1], [state], noise_B4HW=noise, flow_B2HW=flow, steps=steps)
+        with torch.no_grad():
+            mine = restorer.rollout(frames[0], noise, timesteps).output_B3HW
+            guided = restorer.rollout(frames[1], noise, timesteps, warp_previous(mine, flow)).output_B3HW
+        assert torch.allclose(first, mine, atol=1e-5)
+        assert torch.allclose(second, guided, atol=1e-4)
+        assert (second - restorer.rollout(frames[1], noise, timesteps).output_B3HW).abs().max() > 1e-3
+
+
+def test_closed_form_start_reconstructs(photographs: Path) -> None:
+    data = TrainingData([photographs])
+    pictures = next(data.batches(0, batch=8, frames=1, side=96, severity=0, clip_share=0))[0][:, 0]
+    vae = Restorer.create(SMALL).vae
+    with torch.no_grad():
+        before = float((vae(pictures) - pictures).square().mean())
+        initialise(vae, pictures)
+        after = float((vae(pictures) - pictures).square().mean())
+        latent = vae.encode(pictures)
+    assert after < before / 20
+    assert torch.allclose(latent.std((0, 2, 3)), torch.ones(4), atol=0.1)
+
+
+def test_duplicates_are_read_once_and_samples_depend_on_seed_and_number_alone(photographs: Path) -> None:
+    data = TrainingData([photographs])
+    assert len(data.pictures) == 3
+    options = {"batch": 2, "frames": 3, "side": 64, "severity": 1.0, "clip_share": 0.5}
+    stream = data.batches(5, **options)
+    next(stream)
+    second = next(stream)
+    again = next(data.batches(5, start=1, **options))
+    assert all(torch.equal(a, b) for a, b in zip(second, again, strict=True))
+    assert second[0].shape == (2, 3, 3, 64, 64) and second[1].shape == (2, 3, 3, 16, 16) and second[2].shape == (2, 2, 2, 64, 64)
+    assert not torch.equal(second[0], next(data.batches(6, start=1, **options))[0])
+
+
+def test_missing_data_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no picture or video"):
+        TrainingData([tmp_path])
+    with pytest.raises(DatasetError, match="does not exist"):
+        TrainingData([tmp_path / "nothing"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "moves"),
+    [
+        ("autoencoder", ("vae.encoder", "vae.decoder")),
+        ("stage1", ("unet", "vae.decoder")),
+        ("stage2", ("temporal_processor", "alpha")),
+        ("stage3", ("controlnet",)),
+    ],
+)
+def test_a_stage_moves_only_its_own_weights(stage: str, moves: tuple[str, ...], photographs: Path, model: Path, tmp_path: Path) -> None:
+    trainer = no_validation(Trainer(config(stage, photographs, tmp_path / "run", init=model)))
+    before = {name: value.clone() for name, value in trainer.restorer.named_parameters()}
+    trainer.run()
+    changed = {name for name, value in trainer.restorer.named_parameters() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(any(part in name for part in moves) for name in changed), sorted(changed)
+    if stage in ("autoencoder", "stage1"):
+        assert not any("temporal_processor" in name for name in changed)
+
+
+def test_random_timestep_objective_trains_the_unet(photographs: Path, model: Path, tmp_path: Path) -> None:
+    run = config("stage1", photographs, tmp_path / "run", init=model, objective="random-timestep", train_decoder=False)
+    trainer = no_validation(Trainer(run))
+    before = {name: value.clone() for name, value in trainer.restorer.named_parameters()}
+    trainer.run()
+    changed = {name.split(".")[0] for name, value in trainer.restorer.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {"unet"}
+
+
+def test_training_lowers_the_loss(photographs: Path, model: Path, tmp_path: Path) -> None:
+    run = config("stage1", photographs, tmp_path / "run", init=model, iterations=60, learning_rate=2e-3, gan=0.01, gan_from=0.2)
+    trainer = no_validation(Trainer(run))
+    batches = trainer.data.batches(0, batch=2, frames=2, side=64, severity=0, clip_share=0)
+    losses = []
+    for _ in range(60):
+        losses.append(trainer.step(batches)["pixel"])
+        trainer.iteration += 1
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(photographs: Path, model: Path, tmp_path: Path) -> None:
+    whole = config("stage1", photographs, tmp_path / "whole", init=model, iterations=6, gan=0.05, gan_from=0.0)
+    no_validation(Trainer(whole)).run()
+
+    part = whole.model_copy(update={"out": tmp_path / "part"})
+    first = no_validation(Trainer(part))
+    batches = first.data.batches(part.seed, batch=2, frames=2, side=64, severity=part.severity, clip_share=part.clip_share)
+    for _ in range(3):
+        first.step(batches)
+        first.iteration += 1
+    first.save()
+    no_validation(Trainer(part)).run()
+
+    a, b = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "part"))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[key].float(), b[key].float(), atol=1e-6) for key in a)
+
+
+def test_snapshot_is_small_and_starts_a_new_run(photographs: Path, model: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshots" / "m.safetensors"
+    run = config("stage1", photographs, tmp_path / "run", init=model, snapshot=snapshot, gan=0.05)
+    trainer = no_validation(Trainer(run))
+    trainer.run()
+    assert snapshot.stat().st_size < 15 * 2**20
+    tensors = load_file(snapshot)
+    assert {value.dtype for value in tensors.values()} == {torch.float16}
+    follower = Trainer(run.model_copy(update={"out": tmp_path / "next", "init": snapshot}))
+    assert follower.iteration == 0
+    for name, value in follower.restorer.named_parameters():
+        assert torch.allclose(value.half(), tensors[f"model.{name}"]), name
+    for name, value in follower.average.values.items():
+        assert torch.allclose(value.half(), tensors[f"average.{name}"]), name
+    assert follower.objective.discriminator is not None
+    follower.save()
+    assert json.loads((tmp_path / "next" / "model" / "training.json").read_text()) == {"stage1": 4}
+
+    other = Trainer(config("stage3", photographs, tmp_path / "third", init=snapshot))
+    assert other.restorer.controlnet is not None
+    assert torch.allclose(other.restorer.unet.conv_in.weight.half(), tensors["average.unet.conv_in.weight"])
+
+
+def test_a_run_folder_of_another_stage_is_refused(photographs: Path, model: Path, tmp_path: Path) -> None:
+    run = config("stage1", photographs, tmp_path / "run", init=model, iterations=1)
+    no_validation(Trainer(run)).run()
+    with pytest.raises(TrainingError, match="is a run of stage1, not of stage2"):
+        Trainer(run.model_copy(update={"stage": "stage2"}))
+    with pytest.raises(TrainingError, match="starts from a model"):
+        Trainer(config("stage1", photographs, tmp_path / "other"))
+
+
+def test_untrained_guidance_is_not_taken_for_trained(model: Path) -> None:
+    assert Restorer.load(model).controlnet is None
+    (model / "training.json").write_text(json.dumps({"stage1": 5, "stage3": 2}))
+    assert Restorer.load(model).controlnet is not None
+
+
+def test_learning_rate_warms_up_and_ends_low() -> None:
+    factors = [learning_rate_factor(i, 100, 10, 0.05) for i in range(101)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1.0)
+    assert factors[100] == pytest.approx(0.05) and all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
