@@ -56,7 +56,10 @@ $(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/torch
 venv: $(STAMPS)/dev  ## the environment of `make test` and `make lint`
 
 demo: $(STAMPS)/app
-	$(BIN)/python -m jobs.demo $(OUT)/demo
+	@mkdir -p $(OUT)/demo
+	$(BIN)/upriver restore tests/data/walk_lr.mp4 $(OUT)/demo/restored.mp4 --compare --truth tests/data/walk_hr.mp4 --overwrite
+	$(BIN)/upriver verify tests/data/walk_lr.mp4 $(OUT)/demo/restored.mp4
+	@echo "Look at:"; ls -1 $(OUT)/demo/*
 
 test: $(STAMPS)/dev
 	$(BIN)/python -m pytest -m "not slow" --durations=15 $(PYTEST_ARGS)
