@@ -20,6 +20,7 @@ from actors.errors import ActorsError
 from actors.overlap import ReadAhead, WriteBehind
 from actors.pictures import Picture, resize
 from pipeline.frames import frame_to_tensor, tensor_to_frame
+from pipeline.shots import CutDetector
 from pipeline.video import EncoderOptions, Limits, VideoFrame, VideoInfo, VideoReader, VideoWriter
 from pipeline.video_errors import UnreadableVideo
 
@@ -118,7 +119,7 @@ class Restoration:
         if options["compare"]:
             stem = work_file.with_suffix("")
             self._comparison = Comparison(stem, info, width=self.width, height=self.height, truth=options["truth"])
-        self._frames = ReadAhead(self._reader, QUEUE_DEPTH)
+        self._frames = ReadAhead(self._frames_with_cuts(), QUEUE_DEPTH)
         self._results = WriteBehind(self._write, QUEUE_DEPTH)
 
     def __enter__(self) -> Self:
@@ -138,9 +139,8 @@ class Restoration:
 
     def run(self) -> Iterator[int]:
         """Restore frame after frame; yields the number of frames done after each."""
-        detector = _cut_detector() if self._options["cuts"] else None
-        for frame in self._frames:
-            if detector is not None and detector.update(frame.rgb_HWC):
+        for frame, is_cut in self._frames:
+            if is_cut:
                 self._state.reset()
                 self.cuts.append(frame.index)
             began = time.perf_counter()
@@ -150,9 +150,15 @@ class Restoration:
             self.frames_done += 1
             yield self.frames_done
 
+    def _frames_with_cuts(self) -> Iterator[tuple[VideoFrame, bool]]:
+        detector = CutDetector() if self._options["cuts"] else None
+        for frame in self._reader:
+            yield frame, detector is not None and detector.update(frame.rgb_HWC)
+
     def _step(self, rgb_HWC: Picture) -> Picture:
         output_13HW = self._pipe.step(frame_to_tensor(rgb_HWC), [self._state], steps=self._options["steps"])
-        return tensor_to_frame(output_13HW[0], rgb_HWC.dtype)
+        picture: Picture = tensor_to_frame(output_13HW[0], rgb_HWC.dtype)  # type: ignore[assignment]  # its own type
+        return picture
 
     def _write(self, pair: tuple[VideoFrame, Picture]) -> None:
         frame, restored = pair
@@ -187,9 +193,3 @@ class Restoration:
         self._writer.abort()
         if self._comparison is not None:
             self._comparison.abort()
-
-
-def _cut_detector():
-    from pipeline.shots import CutDetector
-
-    return CutDetector()

@@ -87,7 +87,7 @@ class Upscaler:
                 self._options.model,
                 torch_dtype=choose_dtype(self._options.dtype, device),
                 device=device,
-                flow=None if self._options.flow == "auto" else self._options.flow,
+                flow=None if self._options.flow == "auto" else self._options.flow,  # type: ignore[arg-type]  # checked
                 max_pixels=self._options.max_pixels,
             )
             self._load_s = time.perf_counter() - began

@@ -236,10 +236,11 @@ class RestoreJob:
                 self._publish(row, item, model, record["frames"], details)
                 del open_rows[record["row_id"]]
             elif record["kind"] == "failed":
-                seconds = details.pop("seconds")
-                if details["failure_class"] == FailureClass.MODEL:
-                    _raise_failure(Failure(**details))  # no other video would fare better
-                self._fail(item, Failure(**details), ledger, seconds=seconds)
+                seconds = float(details.pop("seconds"))
+                failure: Failure = details
+                if failure["failure_class"] == FailureClass.MODEL:
+                    _raise_failure(failure)  # no other video would fare better
+                self._fail(item, failure, ledger, seconds=seconds)
                 del open_rows[record["row_id"]]
 
     def _lost(self, item: Item, ledger: Ledger, attempt: int) -> None:
