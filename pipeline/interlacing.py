@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -91,7 +92,7 @@ class Deinterlacer:
     def _finished(self) -> Iterator[av.VideoFrame]:
         while self._graph is not None:
             try:
-                frame = self._graph.pull()
+                frame: Any = self._graph.pull()
             except (av.BlockingIOError, EOFError):
                 return
             # The filter counts in half ticks, because it could also deliver one picture per field.

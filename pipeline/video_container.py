@@ -11,6 +11,7 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 
@@ -139,7 +140,7 @@ def main_video_stream(container: av.container.InputContainer, name: str) -> av.v
     return best
 
 
-def chroma_location(container: av.container.InputContainer, stream_index: int) -> str | None:
+def chroma_location(container: Any, stream_index: int) -> str | None:
     """Where the chroma samples of a stream lie ("left", "center", "topleft", ...), None if it does not say.
 
     PyAV has no attribute for it, but libav's own description of a file names it at its verbose level.
