@@ -44,10 +44,6 @@ class NoInputError(JobsError):
     """There is nothing to restore: a missing source, a folder without videos, nothing that decodes."""
 
 
-class DestinationError(JobsError):
-    """The destination holds something else, or cannot be written."""
-
-
 class Interrupted(Exception):
     """A signal asked the job to stop; everything half-written has been removed."""
 
@@ -67,7 +63,6 @@ class TaskError(JobsError):
 _BY_JOBS_ERROR: dict[type[JobsError], ExitCode] = {
     UsageError: ExitCode.USAGE,
     NoInputError: ExitCode.NO_INPUT,
-    DestinationError: ExitCode.STORAGE,
 }
 
 # Keys are values of actors.errors.FailureClass.

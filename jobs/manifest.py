@@ -16,8 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actors.errors import Failure
+from infra.errors import StorageError
 from infra.storage import storage_for
-from jobs.errors import DestinationError
 
 MANIFEST_SUFFIX = ".manifest.json"
 _COMPONENTS = ("upriver", "torch", "diffusers", "av", "ray", "numpy", "opencv-python-headless")
@@ -100,7 +100,7 @@ def finished_already(destination: str, run_id: str, *, overwrite: bool) -> bool:
     """Return whether the result of `run_id` is at `destination`, whole.
 
     Raises:
-        DestinationError: something else is there and may not be replaced.
+        StorageError: something else is there and may not be replaced.
     """
     there = storage_for(destination).stat(destination)
     if there is None:
@@ -114,7 +114,7 @@ def finished_already(destination: str, run_id: str, *, overwrite: bool) -> bool:
         what = "and was not written by a finished run of this command"
     else:
         what = "and is the result of another source, model or set of options"
-    raise DestinationError(
+    raise StorageError(
         f"{destination} exists already {what}.",
         code="destination-exists",
         remedy="Choose another destination, or replace it with --overwrite.",

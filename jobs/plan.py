@@ -17,6 +17,7 @@ from actors.errors import Failure, describe_failure
 from infra.settings import Settings
 from infra.storage import storage_for
 from jobs.errors import NoInputError, UsageError
+from jobs.manifest import manifest_place
 
 VIDEO_SUFFIXES = frozenset(
     {
@@ -142,7 +143,8 @@ def select(src: str, dst: str) -> Selection:
 def _select_one(source: Path, target: Path, dst: str) -> Selection:
     from pipeline.video import container_for
 
-    if dst.endswith("/") or (target.is_dir() and any(target.iterdir())):
+    is_result = storage_for(dst).stat(manifest_place(str(target))) is not None  # pictures that an earlier run wrote
+    if dst.endswith("/") or (target.is_dir() and any(target.iterdir()) and not is_result):
         target = target / _result_name(Path(source.name if source.is_file() else f"{source.name}{FALLBACK_SUFFIX}"))
     elif target.suffix:  # without one it becomes a folder of pictures
         container_for(target.suffix)

@@ -124,7 +124,9 @@ def test_every_failure_class_has_an_exit_code() -> None:
     assert set(errors._BY_FAILURE_CLASS) == set(FailureClass)
 
 
-@pytest.mark.parametrize("typed", [[], ["restore"], ["restore", "a"], ["nonsense"], ["restore", "a", "b", "--scale", "7"]])
+@pytest.mark.parametrize(
+    "typed", [[], ["restore"], ["restore", "a"], ["nonsense"], ["restore", "a", "b", "--scale", "7"]]
+)
 def test_wrong_typing_ends_with_two(typed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(typed) == 2
     assert "Traceback" not in capsys.readouterr().err

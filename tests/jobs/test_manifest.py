@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from actors.errors import Failure
-from jobs.errors import DestinationError
+from infra.errors import StorageError
 from jobs.manifest import (
     Ledger,
     Manifest,
@@ -42,16 +42,16 @@ def test_only_the_same_run_and_a_whole_file_count_as_finished(tmp_path: Path) ->
     place = str(tmp_path / "b.mp4")
     assert not finished_already(place, "r1", overwrite=False)
     Path(place).write_bytes(b"film")
-    with pytest.raises(DestinationError, match="not written by a finished run"):
+    with pytest.raises(StorageError, match="not written by a finished run"):
         finished_already(place, "r1", overwrite=False)
     write_manifest(place, manifest("r1", 4))
     assert finished_already(place, "r1", overwrite=False)
     assert finished_already(place, "r1", overwrite=True)
-    with pytest.raises(DestinationError, match="another source, model or set of options"):
+    with pytest.raises(StorageError, match="another source, model or set of options"):
         finished_already(place, "r2", overwrite=False)
     assert not finished_already(place, "r2", overwrite=True)
     Path(place).write_bytes(b"cut")
-    with pytest.raises(DestinationError):
+    with pytest.raises(StorageError):
         finished_already(place, "r1", overwrite=False)
 
 
@@ -65,7 +65,7 @@ def test_a_foreign_file_with_the_manifests_name_is_no_manifest(tmp_path: Path) -
     place = str(tmp_path / "b.mp4")
     Path(place).write_bytes(b"film")
     Path(manifest_place(place)).write_text('{"anything": 1}')
-    with pytest.raises(DestinationError):
+    with pytest.raises(StorageError):
         finished_already(place, "r1", overwrite=False)
 
 

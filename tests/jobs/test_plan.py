@@ -19,7 +19,16 @@ def touch(folder: Path, *names: str) -> None:
 
 def test_a_folder_stands_for_all_videos_under_it_and_keeps_its_structure(tmp_path: Path) -> None:
     source = tmp_path / "in"
-    touch(source, "b.mp4", "a/c.MKV", "a/d.avi", "a/notes.txt", "a/._c.mkv", ".upriver/1/000000.mp4", "x.mp4.upriver/1/0.mp4")
+    touch(
+        source,
+        "b.mp4",
+        "a/c.MKV",
+        "a/d.avi",
+        "a/notes.txt",
+        "a/._c.mkv",
+        ".upriver/1/000000.mp4",
+        "x.mp4.upriver/1/0.mp4",
+    )
     chosen = select(str(source), str(tmp_path / "out"))
     assert chosen.is_folder
     named = {item.name: Path(item.destination).relative_to(tmp_path / "out").as_posix() for item in chosen.items}
