@@ -116,7 +116,7 @@ def test_methods_do_what_their_names_say(model: Path) -> None:
     lr_T3HW = downscale(from_uint8(np.stack(make_clip(3, 96, 96))))
     by_name = {method.name: restore(pipe, lr_T3HW, method) for method in METHODS}
     usual = pipe.guidance
-    assert usual.artg and usual.tpm, "restore leaves the model as it was"
+    assert usual.artg and usual.tpm and usual.tpm_warped, "restore leaves the model as it was"
     four = by_name["4 steps"]
     assert four.shape == (3, 3, 96, 96) and four.min() >= 0 and four.max() <= 1
     for name, other in by_name.items():
