@@ -14,16 +14,21 @@ app = typer.Typer(no_args_is_help=True, help="Train a model: autoencoder, then s
 
 Data = Annotated[list[Path], typer.Option("--data", help="Folder or file of pictures and videos; repeat for more.")]
 Out = Annotated[Path, typer.Option("--out", help="Run folder; an unfinished run there is resumed.")]
-Init = Annotated[Path | None, typer.Option("--init", help="Model folder to start from (RUN/model of the stage before).")]
-Snapshot = Annotated[Path | None, typer.Option("--snapshot", help="Also write a resumable snapshot of at most 15 MB here.")]
+Init = Annotated[
+    Path | None, typer.Option("--init", help="Where to start: a model folder (RUN/model) or a snapshot file.")
+]
+Snapshot = Annotated[
+    Path | None, typer.Option("--snapshot", help="Also write a resumable snapshot of at most 15 MB to this file.")
+]
+Size = Annotated[str, typer.Option("--size", help="tiny or small; only where nothing is loaded.")]
 Iterations = Annotated[int, typer.Option("--iterations", min=1, help="Length of the learning-rate schedule.")]
 Minutes = Annotated[float, typer.Option("--minutes", min=0, help="Save and stop after this wall time; 0 = no limit.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Clips per iteration and process.")]
 Crop = Annotated[int, typer.Option("--crop", min=32, help="Side of the training square in output pixels.")]
-Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate; default: the stage's own.")]
+Rate = Annotated[float, typer.Option("--learning-rate", help="Peak learning rate.")]
 Options = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any field of TrainConfig as NAME=VALUE (JSON), for example --set gan=0.05."),
+    typer.Option("--set", help="Any other field of TrainConfig as NAME=VALUE, for example --set gan=0.05; repeat."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Precision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16 or fp16.")]
@@ -33,7 +38,7 @@ Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads of t
 def build_config(stage: str, options: dict[str, Any], extra: list[str]) -> Any:
     """Merge the stage's defaults, the flags and `NAME=VALUE` extras into a `TrainConfig`.
 
-    Raises JobsError naming the option that is wrong.
+    Raises UsageError naming the option that is wrong.
     """
     import json
 
@@ -42,14 +47,14 @@ def build_config(stage: str, options: dict[str, Any], extra: list[str]) -> Any:
     from jobs.errors import UsageError
     from pipeline.objectives import DEFAULTS, TrainConfig
 
-    values: dict[str, Any] = {"stage": stage} | DEFAULTS[stage]
-    values |= {name: value for name, value in options.items() if value is not None}
+    values: dict[str, Any] = {"stage": stage} | DEFAULTS[stage] | options
     for item in extra:
         name, separator, text = item.partition("=")
         if not separator or name not in TrainConfig.model_fields:
             raise UsageError(
-                f"--set {item!r} is no field of the training configuration",
-                code="train-option", remedy=f"Fields: {', '.join(sorted(TrainConfig.model_fields))}.",
+                f"--set {item!r} names no field of the training configuration.",
+                code="train-option",
+                remedy=f"Fields: {', '.join(sorted(TrainConfig.model_fields))}.",
             )
         try:
             values[name] = json.loads(text)
@@ -60,12 +65,14 @@ def build_config(stage: str, options: dict[str, Any], extra: list[str]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first.get('input')!r})",
-            code="train-option", remedy="See `upriver train --help`.",
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first.get('input')!r}).",
+            code="train-option",
+            remedy="See `upriver train --help`.",
         ) from error
 
 
-def _run(stage: str, extra: list[str] | None, **options: Any) -> None:
+def run_stage(stage: str, extra: list[str], **options: Any) -> Path:
+    """Train one stage and return the folder of its model; progress goes to standard error."""
     from rich.console import Console
 
     from pipeline.training import Trainer
@@ -73,65 +80,58 @@ def _run(stage: str, extra: list[str] | None, **options: Any) -> None:
     console = Console(stderr=True)
 
     def report(iteration: int, figures: dict[str, float]) -> None:
-        console.print(f"{iteration:7d}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()), highlight=False)
+        line = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        console.print(f"{iteration:7d}  {line}", highlight=False, soft_wrap=True)
 
-    config = build_config(stage, options, extra or [])
-    folder = Trainer(config, report).run()
-    console.print(f"Model: {folder}")
-
-
-@app.command()
-def autoencoder(
-    data: Data, out: Out, init: Init = None, snapshot: Snapshot = None, iterations: Iterations = 3000, minutes: Minutes = 0,
-    batch: Batch = 4, crop: Crop = 96, learning_rate: Rate = None, device: Device = "auto", mixed_precision: Precision = "no",
-    threads: Threads = 1, size: Annotated[str, typer.Option(help="tiny or small.")] = "tiny", set_: Options = None,
-) -> None:  # fmt: skip
-    """Train the autoencoder from its closed-form start."""
-    _run(
-        "autoencoder", set_, data=data, out=out, init=init, snapshot=snapshot, iterations=iterations, minutes=minutes,
-        batch=batch, crop=crop, learning_rate=learning_rate, device=device, mixed_precision=mixed_precision, threads=threads,
-        size=size,
-    )  # fmt: skip
+    folder = Trainer(build_config(stage, options, extra), report).run()
+    console.print(f"Model: {folder}", soft_wrap=True)
+    return folder
 
 
-@app.command()
-def stage1(
-    data: Data, out: Out, init: Init = None, snapshot: Snapshot = None, iterations: Iterations = 6000, minutes: Minutes = 0,
-    batch: Batch = 4, crop: Crop = 96, learning_rate: Rate = None, device: Device = "auto", mixed_precision: Precision = "no",
-    threads: Threads = 1, set_: Options = None,
-) -> None:  # fmt: skip
-    """Distil the U-Net by rollout: all denoising steps unrolled, losses on the final latent and picture."""
-    _run(
-        "stage1", set_, data=data, out=out, init=init, snapshot=snapshot, iterations=iterations, minutes=minutes,
-        batch=batch, crop=crop, learning_rate=learning_rate, device=device, mixed_precision=mixed_precision, threads=threads,
-    )  # fmt: skip
+def _register(stage: str, iterations: int, summary: str) -> None:
+    """Add the command of one stage; the stages share every option and differ in defaults."""
+
+    def command(
+        data: Data,
+        out: Out,
+        init: Init = None,
+        snapshot: Snapshot = None,
+        size: Size = "tiny",
+        iterations: Iterations = iterations,
+        minutes: Minutes = 0,
+        batch: Batch = 4,
+        crop: Crop = 96,
+        learning_rate: Rate = 1e-3,
+        device: Device = "auto",
+        mixed_precision: Precision = "no",
+        threads: Threads = 1,
+        set_: Options = None,
+    ) -> None:
+        run_stage(
+            stage,
+            set_ or [],
+            data=data,
+            out=out,
+            init=init,
+            snapshot=snapshot,
+            size=size,
+            iterations=iterations,
+            minutes=minutes,
+            batch=batch,
+            crop=crop,
+            learning_rate=learning_rate,
+            device=device,
+            mixed_precision=mixed_precision,
+            threads=threads,
+        )
+
+    app.command(stage, help=summary)(command)
 
 
-@app.command()
-def stage2(
-    data: Data, out: Out, init: Init = None, snapshot: Snapshot = None, iterations: Iterations = 1000, minutes: Minutes = 0,
-    batch: Batch = 4, crop: Crop = 96, learning_rate: Rate = None, device: Device = "auto", mixed_precision: Precision = "no",
-    threads: Threads = 1, set_: Options = None,
-) -> None:  # fmt: skip
-    """Train the decoder's Temporal Processor Modules."""
-    _run(
-        "stage2", set_, data=data, out=out, init=init, snapshot=snapshot, iterations=iterations, minutes=minutes,
-        batch=batch, crop=crop, learning_rate=learning_rate, device=device, mixed_precision=mixed_precision, threads=threads,
-    )  # fmt: skip
-
-
-@app.command()
-def stage3(
-    data: Data, out: Out, init: Init = None, snapshot: Snapshot = None, iterations: Iterations = 2000, minutes: Minutes = 0,
-    batch: Batch = 4, crop: Crop = 96, learning_rate: Rate = None, device: Device = "auto", mixed_precision: Precision = "no",
-    threads: Threads = 1, size: Annotated[str, typer.Option(help="tiny or small.")] = "tiny", set_: Options = None,
-) -> None:  # fmt: skip
-    """Train ARTG, the guidance by the warped previous output."""
-    _run(
-        "stage3", set_, data=data, out=out, init=init, snapshot=snapshot, iterations=iterations, minutes=minutes,
-        batch=batch, crop=crop, learning_rate=learning_rate, device=device, mixed_precision=mixed_precision, threads=threads,
-        size=size,
-    )  # fmt: skip
+_register("autoencoder", 3000, "Train the autoencoder from its closed-form start.")
+_register("stage1", 6000, "Distil the U-Net by rollout: every denoising step unrolled, losses on latent and picture.")
+_register("stage2", 1000, "Train the decoder's Temporal Processor Modules.")
+_register("stage3", 2000, "Train ARTG, the guidance by the warped previous output.")
 
 
 @app.command()
@@ -146,7 +146,5 @@ def pack(
     """Pack training data, with the flow of real clips, into a small folder that travels."""
     from pipeline.packing import pack as write
 
-    size = write(
-        data, destination, max_mb=max_mb, max_side=max_side, max_frames=max_frames, max_height=max_height
-    )
+    size = write(data, destination, max_mb=max_mb, max_side=max_side, max_frames=max_frames, max_height=max_height)
     typer.echo(f"{destination}: {size / 1e6:.1f} MB")

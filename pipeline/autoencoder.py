@@ -1,7 +1,7 @@
 """Tiny autoencoder whose decoder can look at the previous output (Stream-DiffVSR, section 3.3).
 
-Knows: how pixels become latents and back, and how the Temporal Processor Modules (TPM) of the decoder mix in features of
-the flow-warped previous output. Does not know: flow, streams, diffusion.
+Knows: how pixels become latents and back, and how the Temporal Processor Modules (TPM) of the decoder mix in features
+of the flow-warped previous output. Does not know: flow, streams, diffusion.
 
 Shapes: B batch, H W output size in pixels, h w latent size (H/4, W/4), C channels.
 
@@ -28,8 +28,8 @@ TPM_STRENGTH = 0.1  # fixed weight of the fused features in the block's sum
 class TemporalBlock(nn.Module):
     """Residual block of three convolutions with a Temporal Processor Module.
 
-    The names ``conv``, ``alpha`` and ``temporal_processor`` are those of the published weights. Blocks of the encoder carry
-    a TPM there as well, although it is never used; `temporal=False` leaves it out.
+    The names ``conv``, ``alpha`` and ``temporal_processor`` are those of the published weights. Blocks of the encoder
+    carry a TPM there as well, although it is never used; `temporal=False` leaves it out.
     """
 
     def __init__(self, channels: int, temporal: bool = True) -> None:
@@ -88,8 +88,8 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
             ``"unit"`` maps it to [0, 1] as `encode` does.
         encoder_temporal: whether encoder blocks carry (unused) TPM weights, as the published files do.
 
-    The remaining fields are those of the published ``vae/config.json``. Raises ValueError where encoder and decoder do not
-    mirror each other.
+    The remaining fields are those of the published ``vae/config.json``. Raises ValueError where encoder and decoder do
+    not mirror each other.
     """
 
     _supports_gradient_checkpointing = False
@@ -117,7 +117,9 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         widths = tuple(reversed(decoder_block_out_channels))
-        if tuple(encoder_block_out_channels) != widths or tuple(num_encoder_blocks) != tuple(reversed(num_decoder_blocks)):
+        if tuple(encoder_block_out_channels) != widths or tuple(num_encoder_blocks) != tuple(
+            reversed(num_decoder_blocks)
+        ):
             raise ValueError(
                 f"encoder {tuple(encoder_block_out_channels)} x {tuple(num_encoder_blocks)} and decoder "
                 f"{tuple(decoder_block_out_channels)} x {tuple(num_decoder_blocks)} do not mirror each other; "
@@ -125,7 +127,8 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
             )
         if act_fn != "relu" or upsample_fn != "nearest" or upsampling_scaling_factor != 2:
             raise ValueError(
-                f"act_fn={act_fn!r}, upsample_fn={upsample_fn!r}, upsampling_scaling_factor={upsampling_scaling_factor}: "
+                f"act_fn={act_fn!r}, upsample_fn={upsample_fn!r}, "
+                f"upsampling_scaling_factor={upsampling_scaling_factor}: "
                 "only 'relu', 'nearest' and 2 exist in checkpoints of this method"
             )
 
@@ -158,7 +161,8 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
     def decode(self, latent_BChw: Tensor, temporal_features: list[Tensor] | None = None) -> Tensor:
         """Return pictures (B,3,4h,4w), nominal range [-1, 1], not clamped.
 
-        `temporal_features`: what `encode_temporal` returned for the warped previous output; None decodes the frame alone.
+        `temporal_features`: what `encode_temporal` returned for the warped previous output; None decodes the frame
+        alone.
         """
         x = torch.tanh(latent_BChw / self.config.latent_magnitude) * self.config.latent_magnitude
         remaining = iter(temporal_features) if temporal_features is not None else None

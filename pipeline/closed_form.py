@@ -1,8 +1,8 @@
 """Closed-form start of the tiny autoencoder: exact space-to-depth, PCA latents, least-squares decoder.
 
 Training from random weights spends most of its time finding what a linear map already knows. Here the encoder's strided
-convolutions are set to rearrange pixels without loss, its last convolution to the principal components of 4x4 patches, and each
-decoder convolution to the ridge regression of what it should produce. Residual blocks start as the identity.
+convolutions are set to rearrange pixels without loss, its last convolution to the principal components of 4x4 patches,
+and each decoder convolution to the ridge regression of what it should produce. Residual blocks start as the identity.
 
 Knows: the layout of `TemporalAutoencoderTiny`. Does not know: training.
 """

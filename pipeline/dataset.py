@@ -1,7 +1,7 @@
 """Training samples from folders of pictures and videos.
 
-Pictures become clips by simulated camera motion with exact flow; videos bring real motion with estimated flow. Everything is
-held in memory as 8-bit pictures, so that a sample costs a crop, not a decode.
+Pictures become clips by simulated camera motion with exact flow; videos bring real motion with estimated flow.
+Everything is held in memory as 8-bit pictures, so that a sample costs a crop, not a decode.
 
 Knows: files, crops, augmentations. Does not know: models, losses.
 
@@ -11,6 +11,7 @@ Shapes: T frames, S crop side at full resolution (a multiple of 4), s = S/4.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,12 @@ from pipeline.motion import draw_camera, ellipse_mask, flow_of, render
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m4v"})
-PICTURE_LEVELS = (1.0, 0.7, 0.5, 0.35)  # each photograph is kept at these sizes: more sharp texture per pixel, fewer blurs
+PICTURE_LEVELS = (
+    1.0,
+    0.7,
+    0.5,
+    0.35,
+)  # each photograph is kept at these sizes: more sharp texture per pixel, fewer blurs
 MAX_PICTURE_SIDE = 2800
 MIN_SIDE = 160
 
@@ -72,11 +78,13 @@ def list_files(roots: list[Path], suffixes: frozenset[str]) -> list[Path]:
 
 
 def load_picture(path: Path) -> list[np.ndarray]:
-    """Return the picture as uint8 (H,W,3) at every level of `PICTURE_LEVELS` that is at least 160 pixels high and wide."""
+    """Return the picture as uint8 (H,W,3) at every level of `PICTURE_LEVELS` with sides of 160 pixels or more."""
     picture = Image.open(path).convert("RGB")
     if max(picture.size) > MAX_PICTURE_SIDE:
         ratio = MAX_PICTURE_SIDE / max(picture.size)
-        picture = picture.resize((round(picture.width * ratio), round(picture.height * ratio)), Image.Resampling.LANCZOS)
+        picture = picture.resize(
+            (round(picture.width * ratio), round(picture.height * ratio)), Image.Resampling.LANCZOS
+        )
     levels = []
     for level in PICTURE_LEVELS:
         size = (round(picture.width * level), round(picture.height * level))
@@ -90,8 +98,8 @@ def load_clip(path: Path, *, max_frames: int, max_height: int, flow: bool = True
 
     `flow=False` leaves flow zero, for stages that look at single frames.
 
-    A file ``NAME.flow.npz`` beside the video (written by `upriver train pack`) is used instead of estimating, so that a lean
-    training machine needs no OpenCV.
+    A file ``NAME.flow.npz`` beside the video (written by `upriver train pack`) is used instead of estimating, so that
+    a lean training machine needs no OpenCV.
     """
     frames: list[np.ndarray] = []
     with av.open(str(path)) as container:
@@ -102,7 +110,9 @@ def load_clip(path: Path, *, max_frames: int, max_height: int, flow: bool = True
             if len(frames) == max_frames:
                 break
     if len(frames) < 2:
-        raise DatasetError(f"{path}: {len(frames)} frames", code="dataset", remedy="Training clips need two frames or more.")
+        raise DatasetError(
+            f"{path}: {len(frames)} frames", code="dataset", remedy="Training clips need two frames or more."
+        )
     stored = path.with_name(path.name + ".flow.npz")
     stack = np.stack(frames)
     if not flow:
@@ -122,7 +132,7 @@ def estimate_flow(frames_NHW3: np.ndarray) -> np.ndarray:
 
     estimator = DISFlow()
     lr = [downscale(torch.from_numpy(f).permute(2, 0, 1)[None].float() / 255) * 2 - 1 for f in frames_NHW3]
-    flows = [estimator(now, before) for before, now in zip(lr, lr[1:], strict=False)]
+    flows = [estimator(now, before) for before, now in itertools.pairwise(lr)]
     reduced = [F.interpolate(flow, size=lr[0].shape[2:], mode="area")[0] for flow in flows]
     return torch.stack(reduced).numpy().astype(np.float16)
 
@@ -144,7 +154,9 @@ class TrainingData:
     ) -> None:
         for root in roots:
             if not root.exists():
-                raise DatasetError(f"{root} does not exist", code="dataset", remedy="Name a folder of pictures or videos.")
+                raise DatasetError(
+                    f"{root} does not exist", code="dataset", remedy="Name a folder of pictures or videos."
+                )
         pictures = [levels for path in list_files(roots, PICTURE_SUFFIXES) if (levels := load_picture(path))]
         holdout = min(holdout, len(pictures) // 4)
         kept_out = {(2 * n + 1) * len(pictures) // (2 * holdout) for n in range(holdout)}
@@ -158,7 +170,7 @@ class TrainingData:
             raise DatasetError(
                 f"no picture or video under {', '.join(map(str, roots))}",
                 code="dataset",
-                remedy=f"Supported: {', '.join(sorted(PICTURE_SUFFIXES | VIDEO_SUFFIXES))}; sides of 160 pixels or more.",
+                remedy=f"Known kinds: {', '.join(sorted(PICTURE_SUFFIXES | VIDEO_SUFFIXES))}; 160 pixels or more.",
             )
 
     def sample(self, rng: np.random.Generator, *, frames: int, side: int, severity: float, clip_share: float) -> Sample:
@@ -224,7 +236,10 @@ class TrainingData:
         levels = pictures[rng.integers(len(pictures))]
         picture = levels[rng.integers(len(levels))]
         room = [min(size, side * 2) for size in picture.shape[:2]]
-        places = [[int(rng.integers(size - use + 1)) for size, use in zip(picture.shape[:2], room, strict=True)] for _ in range(3)]
+        places = [
+            [int(rng.integers(size - use + 1)) for size, use in zip(picture.shape[:2], room, strict=True)]
+            for _ in range(3)
+        ]
         crops = [picture[top : top + room[0], left : left + room[1]] for top, left in places]
         crop = max(crops, key=lambda c: float(np.abs(np.diff(c[::2, :, 1].astype(np.int16), axis=1)).mean()))
         return torch.from_numpy(crop.copy()).permute(2, 0, 1).float() / 255
@@ -232,12 +247,13 @@ class TrainingData:
     def batches(
         self, seed: int, *, batch: int, frames: int, side: int, severity: float, clip_share: float, start: int = 0
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (hr_BT3SS, lr_BT3ss, flow_BT2SS) for ever. Batch number n depends on (seed, n) alone: runs can resume."""
+        """Yield (hr_BT3SS, lr_BT3ss, flow_BT2SS) for ever. Batch n depends on (seed, n) alone: runs can resume."""
         number = start
         while True:
             rng = np.random.default_rng([seed, number])
             drawn = [
-                self.sample(rng, frames=frames, side=side, severity=severity, clip_share=clip_share) for _ in range(batch)
+                self.sample(rng, frames=frames, side=side, severity=severity, clip_share=clip_share)
+                for _ in range(batch)
             ]
             yield (
                 torch.stack([s.hr_T3SS for s in drawn]),

@@ -78,7 +78,7 @@ def through_jpeg(x_T3HW: Tensor, quality: int) -> Tensor:
 
 
 def through_h264(x_T3HW: Tensor, crf: int, *, preset: Literal["veryfast", "medium"] = "veryfast") -> Tensor:
-    """Encode and decode the clip as one H.264 group of pictures with `crf` in 0..51; odd sizes are edge-padded inside."""
+    """Encode and decode the clip as one H.264 group of pictures with `crf` in 0..51; odd sizes are padded inside."""
     frames = to_uint8(x_T3HW)
     height, width = frames.shape[1:3]
     padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")

@@ -67,8 +67,8 @@ def temporal_loss(
 ) -> Tensor:
     """L1 between the output's change along the flow and the ground truth's, where the flow explains the ground truth.
 
-    Comparing with the ground truth's own change (not with zero) leaves aliasing and real brightness changes alone. Pixels
-    whose ground truth differs by more than 0.2 along the flow are occluded or badly tracked, and are left out.
+    Comparing with the ground truth's own change (not with zero) leaves aliasing and real brightness changes alone.
+    Pixels whose ground truth differs by more than 0.2 along the flow are occluded or badly tracked, and are left out.
     """
     warped_target = flow_warp(target_previous_B3HW, flow_B2HW, mode="exact")
     truth = target_B3HW - warped_target

@@ -2,8 +2,8 @@
 
 Knows: affine cameras over flat pictures, and one moving foreground layer. Does not know: data sets, degradations.
 
-Shapes: T frames, S crop side in pixels. Flow follows the engine's convention: channel 0 = dx, 1 = dy, in pixels, from the
-current frame to the previous one, so that ``previous(x + flow(x))`` looks like ``current(x)``.
+Shapes: T frames, S crop side in pixels. Flow follows the engine's convention: channel 0 = dx, 1 = dy, in pixels, from
+the current frame to the previous one, so that ``previous(x + flow(x))`` looks like ``current(x)``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Camera:
     offsets_T2: np.ndarray
 
 
-def draw_camera(rng: np.random.Generator, frames: int, centre: tuple[float, float], speed: float, warp: float) -> Camera:
+def draw_camera(
+    rng: np.random.Generator, frames: int, centre: tuple[float, float], speed: float, warp: float
+) -> Camera:
     """Draw a smooth camera path around `centre` (x, y).
 
     `speed`: largest translation in pixels a frame. `warp`: largest rotation (radians) and relative zoom a frame.

@@ -46,7 +46,8 @@ class TrainConfig(BaseModel):
         clip_share: share of real clips against pictures with simulated motion.
         schedule_weights: probability of each step count in a rollout.
         objective: ``rollout`` unrolls all steps (paper, Alg. 1); ``random-timestep`` is the alternative of Table 13.
-        start: a rollout starts from pure ``noise``, as inference does, or from the noised ground truth (``target``: paper).
+        start: a rollout starts from pure ``noise``, as inference does, or from the noised ground truth (``target``:
+            paper).
         train_decoder: stage 1 trains the decoder too (without its TPMs), at half the learning rate.
         perceptual_from, gan_from: share of the run after which these losses join.
         perceptual_side: side of the square on which the perceptual loss looks; 0 = the whole crop.
@@ -171,14 +172,16 @@ class Objective:
         return SCHEDULES[int(rng.choice(steps, p=np.array(weights) / sum(weights)))]
 
     def draw_noise(self, target_BChw: Tensor, rng: np.random.Generator) -> Tensor:
-        """Return z at the first timestep: noise alone, or with the trace of the target that the paper's training leaves."""
+        """Return z at the first timestep: noise alone, or with the trace of the target that the paper leaves."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         noise = torch.randn(target_BChw.shape, generator=generator).to(target_BChw.device)
         if self.config.start == "noise":
             return noise
         return add_noise(target_BChw, noise, self.restorer.alphas[999])
 
-    def _autoencoder(self, hr: Tensor, lr: Tensor, flow: Tensor, progress: float, rng: np.random.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    def _autoencoder(
+        self, hr: Tensor, lr: Tensor, flow: Tensor, progress: float, rng: np.random.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
         target, vae = hr[:, 0], self.restorer.vae
         latent = vae.encode(target)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -189,32 +192,42 @@ class Objective:
         losses["regulariser"] = self.config.regulariser * latent_regulariser(latent)
         return losses, output
 
-    def _stage1(self, hr: Tensor, lr: Tensor, flow: Tensor, progress: float, rng: np.random.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    def _stage1(
+        self, hr: Tensor, lr: Tensor, flow: Tensor, progress: float, rng: np.random.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
         target, source = hr[:, 0], lr[:, 0]
         with torch.no_grad():
             latent = self.restorer.vae.encode(target) * self.restorer.vae.config.scaling_factor
         if self.config.objective == "random-timestep":
-            return {"velocity": self._velocity_loss(latent, source, rng)}, target
+            return {"denoising": self._denoising_loss(latent, source, rng)}, target
         z = self.draw_noise(latent, rng)
         denoised, output = self.restorer(source, z, self.draw_schedule(rng))
         losses = {"latent": self.config.latent * F.mse_loss(denoised, latent)}
         return losses | self.picture_losses(output, target, progress), output
 
-    def _velocity_loss(self, latent: Tensor, source: Tensor, rng: np.random.Generator) -> Tensor:
-        """Plain v-prediction at a random timestep (paper, Table 13; arXiv 2202.00512)."""
+    def _denoising_loss(self, latent: Tensor, source: Tensor, rng: np.random.Generator) -> Tensor:
+        """Plain diffusion loss at a random timestep, in the checkpoint's parameterisation (paper, Table 13)."""
+        net = self.restorer
         t = torch.from_numpy(rng.integers(0, 1000, len(latent))).to(latent.device)
-        alpha = self.restorer.alphas[t].view(-1, 1, 1, 1)
+        alpha = net.alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**62)))).to(latent)
         x = torch.cat([add_noise(latent, noise, alpha), source], dim=1)
-        prompt = latent.new_zeros(len(latent), 1, self.restorer.unet.config.cross_attention_dim)
-        velocity = self.restorer.unet(x, t, prompt, return_dict=False)[0]
-        return F.mse_loss(velocity, alpha.sqrt() * noise - (1 - alpha).sqrt() * latent)
+        prompt = latent.new_zeros(len(latent), 1, net.unet.config.cross_attention_dim)
+        prediction = net.unet(x, t, prompt, return_dict=False)[0]
+        target = {
+            "sample": latent,
+            "epsilon": noise,
+            "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * latent,
+        }[net.scheduler.config.prediction_type]
+        return F.mse_loss(prediction, target)
 
-    def _stage2(self, hr: Tensor, lr: Tensor, flow: Tensor, progress: float, rng: np.random.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    def _stage2(
+        self, hr: Tensor, lr: Tensor, flow: Tensor, progress: float, rng: np.random.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """TPM: the decoder sees features of the warped previous frame; everything else is frozen.
 
-        The paper feeds ground-truth latents. Half of the batches here feed the U-Net's own latents, which is what the TPMs meet
-        later; the previous picture is likewise ground truth or restored.
+        The paper feeds ground-truth latents. Half of the batches here feed the U-Net's own latents, which is what the
+        TPMs meet later; the previous picture is likewise ground truth or restored.
         """
         vae = self.restorer.vae
         with torch.no_grad():
@@ -232,7 +245,9 @@ class Objective:
         losses["temporal"] = self.config.temporal * temporal_loss(output, previous, hr[:, 1], hr[:, 0], flow[:, 0])
         return losses, output
 
-    def _stage3(self, hr: Tensor, lr: Tensor, flow: Tensor, progress: float, rng: np.random.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    def _stage3(
+        self, hr: Tensor, lr: Tensor, flow: Tensor, progress: float, rng: np.random.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """ARTG: each frame is guided by the model's own warped previous output, as at inference.
 
         One schedule serves the clip. Gradients stop between frames: the previous output is an input, not a variable.

@@ -1,7 +1,7 @@
 """Packing of training data into one small folder that travels to another machine.
 
-Photographs become JPEG, videos short H.264 clips with their flow beside them, so that the machine that trains needs neither OpenCV
-nor the originals. Knows: files. Does not know: training.
+Photographs become JPEG, videos short H.264 clips with their flow beside them, so that the machine that trains needs
+neither OpenCV nor the originals. Knows: files. Does not know: training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ QUALITIES = (95, 92, 88, 84, 78)  # of JPEG, tried in turn until the pictures fi
 CRF = "14"
 
 
-def pack(roots: list[Path], destination: Path, *, max_mb: float, max_side: int, max_frames: int, max_height: int) -> int:
+def pack(
+    roots: list[Path], destination: Path, *, max_mb: float, max_side: int, max_frames: int, max_height: int
+) -> int:
     """Write all training data below `roots` into `destination`; return its size in bytes.
 
     Args:
@@ -47,7 +49,7 @@ def pack(roots: list[Path], destination: Path, *, max_mb: float, max_side: int, 
         if used + size <= limit:
             return used + size
     raise DatasetError(
-        f"clips take {used / 1e6:.1f} MB and pictures {size / 1e6:.1f} MB at the lowest quality; the limit is {max_mb} MB",
+        f"clips take {used / 1e6:.1f} MB, pictures {size / 1e6:.1f} MB at the lowest quality; the limit is {max_mb} MB",
         code="packing-size",
         remedy="Lower --max-side, --max-frames or --max-height, or raise --max-mb.",
     )
@@ -63,7 +65,9 @@ def _write_picture(source: Path, target: Path, max_side: int, quality: int) -> i
     picture = Image.open(source).convert("RGB")
     ratio = min(1.0, max_side / max(picture.size))
     if ratio < 1:
-        picture = picture.resize((round(picture.width * ratio), round(picture.height * ratio)), Image.Resampling.LANCZOS)
+        picture = picture.resize(
+            (round(picture.width * ratio), round(picture.height * ratio)), Image.Resampling.LANCZOS
+        )
     picture.save(target, "JPEG", quality=quality, subsampling=0)
     return target.stat().st_size
 

@@ -1,7 +1,7 @@
 """The networks of one checkpoint as training sees them: a differentiable rollout of the whole restoration of one frame.
 
-Inference (`stream_diffvsr.py`) is the reference; this repeats its arithmetic with gradients, any batch and any schedule. A test
-holds the two together.
+Inference (`stream_diffvsr.py`) is the reference; this repeats its arithmetic with gradients, any batch and any
+schedule. A test holds the two together.
 
 Shapes: B batch, C latent channels, H W output size, h w = H/4, W/4.
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from diffusers.configuration_utils import FrozenDict
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.autoencoder import TemporalAutoencoderTiny
 from pipeline.guidance import flow_warp
+from pipeline.schedule import FINAL, ddim_step
 
 SCHEDULES = {4: (999, 749, 499, 249), 2: (999, 499), 1: (999,)}
 PROMPT_WIDTH = 8  # the built-in models have no attention; the constant prompt only fills the U-Net's interface
@@ -50,7 +50,9 @@ class ModelSize(BaseModel):
 
 SIZES = {
     "tiny": ModelSize(),
-    "small": ModelSize(unet=(64, 128, 192), conditioning=(32, 48, 64), autoencoder=(24, 48, 64), encoder_blocks=(1, 2, 3)),
+    "small": ModelSize(
+        unet=(64, 128, 192), conditioning=(32, 48, 64), autoencoder=(24, 48, 64), encoder_blocks=(1, 2, 3)
+    ),
 }
 
 
@@ -74,15 +76,19 @@ class Restorer(nn.Module):
     ) -> None:
         super().__init__()
         self.unet, self.vae, self.controlnet = unet, vae, controlnet
-        self.scheduler_config = scheduler.config
+        self.scheduler = scheduler
         self.register_buffer("alphas", scheduler.alphas_cumprod.clone(), persistent=False)
-        self.final_alpha = float(scheduler.final_alpha_cumprod)
         self.size = _size_of(unet, vae)
         self.history: dict[str, int] = {}  # stage -> iterations, kept in the model folder's training.json
 
     @classmethod
     def create(cls, size: ModelSize) -> Restorer:
-        """Build a model with fresh weights."""
+        """Build a model with fresh weights.
+
+        The U-Net predicts the clean latent, not v: with few steps and few weights, carrying the noise through the
+        network only to subtract it again costs more than the restoration itself. The scheduler's configuration says
+        so, and DDIM is the same otherwise.
+        """
         levels = len(size.unet)
         unet = UNet2DConditionModel(
             in_channels=size.latent_channels + 3,
@@ -110,7 +116,7 @@ class Restorer(nn.Module):
             beta_start=0.0001,
             beta_end=0.02,
             beta_schedule="scaled_linear",
-            prediction_type="v_prediction",
+            prediction_type="sample",
             clip_sample=False,
             set_alpha_to_one=False,
             steps_offset=1,
@@ -145,11 +151,11 @@ class Restorer(nn.Module):
             down, mid = None, None
             if embedding is not None:
                 down, mid = self._residuals(x, t, embedding)
-            v = self.unet(
+            prediction = self.unet(
                 x, t, prompt, down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False
             )[0]
-            following = self.alphas[timesteps[index + 1]] if index + 1 < len(timesteps) else self.final_alpha
-            z = ddim_step(v, z, self.alphas[t], following)
+            following = timesteps[index + 1] if index + 1 < len(timesteps) else FINAL
+            z = ddim_step(self.scheduler, prediction, z, [t] * len(z), [following] * len(z))
         latent = z / self.vae.config.scaling_factor
         features = self.vae.encode_temporal(warped_B3HW) if guided and tpm else None
         return RolloutResult(latent, self.vae.decode(latent, features))
@@ -185,12 +191,12 @@ class Restorer(nn.Module):
         }
         self.unet.save_pretrained(folder / "unet")
         self.vae.save_pretrained(folder / "vae")
-        if self.controlnet is None:  # a stage-1 model still loads everywhere: its guidance is the zero-initialised no-op
+        if self.controlnet is None:  # the model still loads everywhere: this guidance is the zero-initialised no-op
             guidance = ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=self.size.conditioning)
             guidance.save_pretrained(folder / "controlnet")
         else:
             self.controlnet.save_pretrained(folder / "controlnet")
-        DDIMScheduler.from_config(FrozenDict(self.scheduler_config)).save_pretrained(folder / "scheduler")
+        self.scheduler.save_pretrained(folder / "scheduler")
         index = {"_class_name": "StreamDiffVSRPipeline", **parts}
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         prompt = torch.zeros(1, 1, self.unet.config.cross_attention_dim)
@@ -232,14 +238,6 @@ def _size_of(unet: UNet2DConditionModel, vae: TemporalAutoencoderTiny) -> ModelS
     )
 
 
-def ddim_step(v: Tensor, z: Tensor, alpha: Tensor | float, following: Tensor | float) -> Tensor:
-    """One deterministic DDIM step with v-prediction; `alpha`, `following` are cumulative alphas (arXiv 2010.02502, eq. 12)."""
-    a, b = torch.as_tensor(alpha), torch.as_tensor(following)
-    clean = a.sqrt() * z - (1 - a).sqrt() * v
-    noise = a.sqrt() * v + (1 - a).sqrt() * z
-    return b.sqrt() * clean + (1 - b).sqrt() * noise
-
-
 def add_noise(latent_BChw: Tensor, noise_BChw: Tensor, alpha: Tensor) -> Tensor:
     """Diffuse a latent to cumulative alpha `alpha` (scalar or (B,1,1,1))."""
     return alpha.sqrt() * latent_BChw + (1 - alpha).sqrt() * noise_BChw
@@ -248,15 +246,3 @@ def add_noise(latent_BChw: Tensor, noise_BChw: Tensor, alpha: Tensor) -> Tensor:
 def warp_previous(previous_B3HW: Tensor, flow_B2HW: Tensor) -> Tensor:
     """Warp as the built-in models do at inference (exact mode)."""
     return flow_warp(previous_B3HW, flow_B2HW, mode="exact")
-
-
-__all__ = [
-    "SCHEDULES",
-    "SIZES",
-    "ModelSize",
-    "Restorer",
-    "RolloutResult",
-    "add_noise",
-    "ddim_step",
-    "warp_previous",
-]

@@ -2,11 +2,12 @@
 
 Knows: optimisers, averages, files of a run. Does not know: what is optimised (`objectives.py`), where data comes from.
 
-A run folder holds ``state.safetensors`` (everything to go on from, to the bit where the machine allows it), ``model/`` (the averaged
-weights in the published layout), ``metrics.jsonl``, ``log/`` (TensorBoard) and ``validation/`` (pictures).
+A run folder holds ``state.safetensors`` (everything to go on from, to the bit where the machine allows it), ``model/``
+(the averaged weights in the published layout), ``metrics.jsonl``, ``log/`` (TensorBoard) and ``validation/``
+(pictures).
 
-Distribution is by `accelerate`: start the same command under ``accelerate launch`` or ``torchrun``; each process draws its
-own batches and gradients are averaged.
+Distribution is by `accelerate`: start the same command under ``accelerate launch`` or ``torchrun``; each process draws
+its own batches and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ class Trainer:
         elif config.stage == "autoencoder":
             if config.size not in SIZES:
                 raise TrainingError(
-                    f"size {config.size!r} is unknown", code="training-size", remedy=f"Choose one of {', '.join(SIZES)}."
+                    f"size {config.size!r} is unknown",
+                    code="training-size",
+                    remedy=f"Choose one of {', '.join(SIZES)}.",
                 )
             restorer = Restorer.create(SIZES[config.size])
             pictures = next(self.data.batches(config.seed, batch=48, frames=1, side=128, severity=0, clip_share=0))[0]
@@ -161,8 +164,8 @@ class Trainer:
     def _from_snapshot(self, path: Path) -> Restorer:
         """Build the model of a snapshot.
 
-        The same stage goes on from the weights themselves (`_resume` adds averages and discriminator); another stage starts
-        from the averages, which are what would have been shipped.
+        The same stage goes on from the weights themselves (`_resume` adds averages and discriminator); another stage
+        starts from the averages, which are what would have been shipped.
         """
         tensors, metadata = _read(path)
         if "size" not in metadata:
@@ -233,7 +236,9 @@ class Trainer:
             )
         self.optimiser.zero_grad()
         self.accelerator.backward(total)
-        self.accelerator.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], config.clip_norm)
+        self.accelerator.clip_grad_norm_(
+            [p for g in self.optimiser.param_groups for p in g["params"]], config.clip_norm
+        )
         self.optimiser.step()
         self.average.update(self.restorer, self.iteration)
 
@@ -252,7 +257,9 @@ class Trainer:
 
     def _log(self, figures: dict[str, float]) -> None:
         self.config.out.mkdir(parents=True, exist_ok=True)
-        record = {"iteration": self.iteration, "time": round(time.time(), 1)} | {k: round(v, 6) for k, v in figures.items()}
+        record = {"iteration": self.iteration, "time": round(time.time(), 1)} | {
+            k: round(v, 6) for k, v in figures.items()
+        }
         with (self.config.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         writer = self._tensorboard()

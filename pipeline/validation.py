@@ -1,6 +1,7 @@
 """Validation during training: figures and a picture on held-out photographs and a held-out stretch of motion.
 
-Knows: the `Restorer` and the judges. Does not know: optimisers. The full evaluation on real clips is `upriver evaluate`.
+Knows: the `Restorer` and the judges. Does not know: optimisers. The full evaluation on real
+clips is `upriver evaluate`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def validate(
     judge = STLPIPS.load("alex").to(device)
     rng = np.random.default_rng(7)
     samples = [data.sample_held_out(rng, frames=2, side=SIDE) for _ in range(SAMPLES)]
-    hr, lr, flow = (torch.stack(parts).to(device) for parts in zip(*[(s.hr_T3SS, s.lr_T3ss, s.flow_T2SS) for s in samples], strict=True))
+    hr, lr, flow = (
+        torch.stack(parts).to(device)
+        for parts in zip(*[(s.hr_T3SS, s.lr_T3ss, s.flow_T2SS) for s in samples], strict=True)
+    )
     bicubic = F.interpolate(lr[:, 1], scale_factor=4, mode="bicubic").clamp(-1, 1)
     target = hr[:, 1]
     figures = {"psnr_bicubic": _psnr(bicubic, target), "stlpips_bicubic": float(judge(bicubic, target).mean())}

@@ -14,7 +14,7 @@ def smooth_picture(side: int = 256) -> torch.Tensor:
 
 
 def test_translation_has_the_opposite_flow() -> None:
-    """The camera moves right by 3 pixels a frame: the content's place in the previous frame lies 3 pixels further right."""
+    """The camera moves right by 3 pixels a frame: a pixel's place in the previous frame lies 3 pixels to its right."""
     camera = Camera(matrices_T22=np.stack([np.eye(2)] * 2), offsets_T2=np.array([[100.0, 100.0], [103.0, 100.0]]))
     flow = flow_of(camera, 32)
     assert torch.allclose(flow[0, 0], torch.full((32, 32), 3.0)) and torch.allclose(flow[0, 1], torch.zeros(32, 32))

@@ -1,5 +1,6 @@
 """Training: the same arithmetic as inference, exact resumption, and each stage moves only its own weights."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -100,7 +101,11 @@ def test_duplicates_are_read_once_and_samples_depend_on_seed_and_number_alone(ph
     second = next(stream)
     again = next(data.batches(5, start=1, **options))
     assert all(torch.equal(a, b) for a, b in zip(second, again, strict=True))
-    assert second[0].shape == (2, 3, 3, 64, 64) and second[1].shape == (2, 3, 3, 16, 16) and second[2].shape == (2, 2, 2, 64, 64)
+    assert (
+        second[0].shape == (2, 3, 3, 64, 64)
+        and second[1].shape == (2, 3, 3, 16, 16)
+        and second[2].shape == (2, 2, 2, 64, 64)
+    )
     assert not torch.equal(second[0], next(data.batches(6, start=1, **options))[0])
 
 
@@ -120,7 +125,9 @@ def test_missing_data_is_one_clear_error(tmp_path: Path) -> None:
         ("stage3", ("controlnet",)),
     ],
 )
-def test_a_stage_moves_only_its_own_weights(stage: str, moves: tuple[str, ...], photographs: Path, model: Path, tmp_path: Path) -> None:
+def test_a_stage_moves_only_its_own_weights(
+    stage: str, moves: tuple[str, ...], photographs: Path, model: Path, tmp_path: Path
+) -> None:
     trainer = no_validation(Trainer(config(stage, photographs, tmp_path / "run", init=model)))
     before = {name: value.clone() for name, value in trainer.restorer.named_parameters()}
     trainer.run()
@@ -136,12 +143,18 @@ def test_random_timestep_objective_trains_the_unet(photographs: Path, model: Pat
     trainer = no_validation(Trainer(run))
     before = {name: value.clone() for name, value in trainer.restorer.named_parameters()}
     trainer.run()
-    changed = {name.split(".")[0] for name, value in trainer.restorer.named_parameters() if not torch.equal(value, before[name])}
+    changed = {
+        name.split(".")[0]
+        for name, value in trainer.restorer.named_parameters()
+        if not torch.equal(value, before[name])
+    }
     assert changed == {"unet"}
 
 
 def test_training_lowers_the_loss(photographs: Path, model: Path, tmp_path: Path) -> None:
-    run = config("stage1", photographs, tmp_path / "run", init=model, iterations=60, learning_rate=2e-3, gan=0.01, gan_from=0.2)
+    run = config(
+        "stage1", photographs, tmp_path / "run", init=model, iterations=60, learning_rate=2e-3, gan=0.01, gan_from=0.2
+    )
     trainer = no_validation(Trainer(run))
     batches = trainer.data.batches(0, batch=2, frames=2, side=64, severity=0, clip_share=0)
     losses = []
@@ -157,7 +170,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(photographs: Path, mode
 
     part = whole.model_copy(update={"out": tmp_path / "part"})
     first = no_validation(Trainer(part))
-    batches = first.data.batches(part.seed, batch=2, frames=2, side=64, severity=part.severity, clip_share=part.clip_share)
+    batches = first.data.batches(
+        part.seed, batch=2, frames=2, side=64, severity=part.severity, clip_share=part.clip_share
+    )
     for _ in range(3):
         first.step(batches)
         first.iteration += 1
@@ -210,4 +225,4 @@ def test_untrained_guidance_is_not_taken_for_trained(model: Path) -> None:
 def test_learning_rate_warms_up_and_ends_low() -> None:
     factors = [learning_rate_factor(i, 100, 10, 0.05) for i in range(101)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1.0)
-    assert factors[100] == pytest.approx(0.05) and all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert factors[100] == pytest.approx(0.05) and all(a >= b for a, b in itertools.pairwise(factors[10:]))
