@@ -1,6 +1,6 @@
 """A causal cut detector: says of each picture, from it and those before it, whether a new shot begins with it.
 
-- A picture is reduced to a small grid of luma and three colour histograms; nothing else of it is kept.
+- A picture is reduced to a small grid of its green channel and three colour histograms; nothing else of it is kept.
 - It is compared with the last few pictures, not only the last one, so that a single flash between two like pictures is
   no cut, and under shifts of the grid, so that a fast pan is none either. Pictures without structure (black, white)
   neither start a shot nor are compared with: after them the next real picture decides.
@@ -110,16 +110,17 @@ class CutDetector:
 
 
 def _reduce(rgb_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The luma grid (0..1, float32) and the colour histograms (each sums to 1, float32) of a picture."""
+    """The green grid (0..1, float32) and the colour histograms (each sums to 1, float32) of a picture."""
     height, width = rgb_HWC.shape[:2]
     rows, columns = min(_GRID[0], height), min(_GRID[1], width)
     tall, wide = max(1, height // (rows * _SAMPLES)), max(1, width // (columns * _SAMPLES))
     sample_HWC = rgb_HWC[tall // 2 :: tall, wide // 2 :: wide].astype(np.float32) / np.iinfo(rgb_HWC.dtype).max
-    luma_HW = sample_HWC @ np.array([0.2126, 0.7152, 0.0722], np.float32)
-    down = np.linspace(0, luma_HW.shape[0], rows, endpoint=False).astype(int)
-    across = np.linspace(0, luma_HW.shape[1], columns, endpoint=False).astype(int)
-    sums_YX = np.add.reduceat(np.add.reduceat(luma_HW, down, axis=0), across, axis=1)
-    counts_YX = np.outer(np.diff(np.append(down, luma_HW.shape[0])), np.diff(np.append(across, luma_HW.shape[1])))
+    # Green alone is most of the luma, and unlike luma it burns out at one known level.
+    green_HW = sample_HWC[..., 1]
+    down = np.linspace(0, green_HW.shape[0], rows, endpoint=False).astype(int)
+    across = np.linspace(0, green_HW.shape[1], columns, endpoint=False).astype(int)
+    sums_YX = np.add.reduceat(np.add.reduceat(green_HW, down, axis=0), across, axis=1)
+    counts_YX = np.outer(np.diff(np.append(down, green_HW.shape[0])), np.diff(np.append(across, green_HW.shape[1])))
     grid_YX = (sums_YX / counts_YX).astype(np.float32)
     colours_CB = np.stack([_soft_histogram(sample_HWC[..., channel]) for channel in range(3)])
     return grid_YX, colours_CB
