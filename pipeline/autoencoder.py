@@ -13,7 +13,7 @@ Numerical traps, each of which the parity tests notice:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +43,11 @@ class TemporalBlock(nn.Module):
         )
         if temporal:
             self.alpha = nn.Parameter(torch.tensor(0.5))
-            self.temporal_processor = nn.Sequential(
-                nn.Conv1d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv1d(channels, channels, 3, padding=1)
-            )
-            for layer in (self.temporal_processor[0], self.temporal_processor[2]):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            first, second = (nn.Conv1d(channels, channels, 3, padding=1) for _ in range(2))
+            for convolution in (first, second):
+                nn.init.xavier_uniform_(convolution.weight)
+                nn.init.zeros_(cast(nn.Parameter, convolution.bias))
+            self.temporal_processor = nn.Sequential(first, nn.ReLU(), second)
 
     def forward(self, x_BCHW: Tensor, previous_BCHW: Tensor | None = None) -> Tensor:
         """Return the block's output; `previous_BCHW` are the same block's features of the warped previous output."""
@@ -70,6 +69,8 @@ class TemporalBlock(nn.Module):
 
 class _Layers(nn.Module):
     """Holder that gives a sequence the published key prefix ``layers.``."""
+
+    layers: nn.Sequential
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -93,6 +94,8 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
+    encoder: _Layers
+    decoder: _Layers
 
     @register_to_config
     def __init__(
@@ -180,7 +183,7 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
         """
         x = (warped_B3HW + 1) / 2 if self.config.temporal_input == "unit" else warped_B3HW
         features: list[Tensor] = []
-        for layer in self.encoder.layers[:-1]:
+        for layer in list(self.encoder.layers)[:-1]:
             x = layer(x)
             if isinstance(layer, TemporalBlock):
                 features.append(x)

@@ -9,6 +9,8 @@ Knows: the layout of `TemporalAutoencoderTiny`. Does not know: training.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,39 +62,42 @@ def initialise(vae: TemporalAutoencoderTiny, pictures_B3HW: Tensor) -> None:
                 nn.init.zeros_(module.bias)
     for module in vae.modules():
         if isinstance(module, TemporalBlock):
-            nn.init.zeros_(module.conv[4].weight)
-            nn.init.zeros_(module.conv[4].bias)
+            last = cast(nn.Conv2d, module.conv[4])
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(cast(nn.Parameter, last.bias))
 
     unit = (pictures_B3HW + 1) / 2
     encoder, decoder = vae.encoder.layers, vae.decoder.layers
-    encoder[0].weight[:3].zero_()
+    first, to_latent = cast(nn.Conv2d, encoder[0]), cast(nn.Conv2d, encoder[-1])
+    to_pixels = cast(nn.Conv2d, decoder[-1])
+    first.weight[:3].zero_()
     for channel in range(3):
-        encoder[0].weight[channel, channel, 1, 1] = 1
+        first.weight[channel, channel, 1, 1] = 1
     strided = [layer for layer in encoder if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)]
     for conv, inputs in zip(strided, (3, 12), strict=True):
         _rearrange(conv, inputs)
 
-    patches = encoder[:-1](unit)[:, :48]
+    patches = nn.Sequential(*list(encoder)[:-1])(unit)[:, :48]
     rows = patches.permute(0, 2, 3, 1).reshape(-1, 48)
     mean = rows.mean(0)
     components = torch.linalg.svd((rows - mean)[:MAX_ROWS], full_matrices=False).Vh[: vae.config.latent_channels]
     deviation = ((rows - mean) @ components.T).std(0)
-    encoder[-1].weight.zero_()
-    encoder[-1].weight[:, :48, 1, 1] = components / deviation[:, None]
-    encoder[-1].bias.copy_(-(components @ mean) / deviation)
+    to_latent.weight.zero_()
+    to_latent.weight[:, :48, 1, 1] = components / deviation[:, None]
+    cast(nn.Parameter, to_latent.bias).copy_(-(components @ mean) / deviation)
 
     x = torch.tanh(encoder(unit) / vae.config.latent_magnitude) * vae.config.latent_magnitude
     targets = iter([patches, F.pixel_unshuffle(unit, 2), unit])
     for layer in decoder:
-        if isinstance(layer, nn.Conv2d) and layer is not decoder[-1]:
+        if isinstance(layer, nn.Conv2d) and layer is not to_pixels:
             target = next(targets)
             weight, bias = _fit(x, target, bias=layer.bias is not None)
             layer.weight.mul_(0.5)
             layer.weight[: len(weight)].copy_(weight)
             if layer.bias is not None:
                 layer.bias[: len(bias)].copy_(bias)
-        elif layer is decoder[-1]:
+        elif layer is to_pixels:
             weight, bias = _fit(x, unit, bias=True)
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
+            to_pixels.weight.copy_(weight)
+            cast(nn.Parameter, to_pixels.bias).copy_(bias)
         x = layer(x)

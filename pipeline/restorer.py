@@ -67,6 +67,8 @@ class RolloutResult:
 class Restorer(nn.Module):
     """U-Net, autoencoder and (from stage 3 on) ARTG, with the DDIM arithmetic of the checkpoint's scheduler."""
 
+    alphas: Tensor
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -137,14 +139,12 @@ class Restorer(nn.Module):
         *,
         artg: bool = True,
         tpm: bool = True,
-        warped_tpm_B3HW: Tensor | None = None,
     ) -> RolloutResult:
         """Denoise `noise_BChw` over `timesteps` and decode, with guidance by the warped previous output if given."""
         z = noise_BChw
         prompt = z.new_zeros(len(z), 1, self.unet.config.cross_attention_dim)
-        guided = warped_B3HW is not None
         embedding = None
-        if guided and artg and self.controlnet is not None:
+        if warped_B3HW is not None and artg and self.controlnet is not None:
             embedding = self.controlnet.controlnet_cond_embedding(warped_B3HW)
         for index, t in enumerate(timesteps):
             x = torch.cat([z, lr_B3hw], dim=1)
@@ -157,7 +157,7 @@ class Restorer(nn.Module):
             following = timesteps[index + 1] if index + 1 < len(timesteps) else FINAL
             z = ddim_step(self.scheduler, prediction, z, [t] * len(z), [following] * len(z))
         latent = z / self.vae.config.scaling_factor
-        features = self.vae.encode_temporal(warped_B3HW) if guided and tpm else None
+        features = self.vae.encode_temporal(warped_B3HW) if warped_B3HW is not None and tpm else None
         return RolloutResult(latent, self.vae.decode(latent, features))
 
     def _residuals(self, x: Tensor, t: int, embedding: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -124,7 +124,7 @@ class Trainer:
         self.iteration = 0
         self._resume()
         if self.device.type == "cpu":
-            self.restorer.to(memory_format=torch.channels_last)
+            self.restorer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub forgot it
         self.objective.restorer, self.optimiser = self.accelerator.prepare(self.restorer, self.optimiser)
         if self.objective.restorer is not self.restorer:
             self.objective.restorer = _Distributed(self.objective.restorer, self.restorer)  # type: ignore[assignment]
