@@ -45,12 +45,15 @@ $(STAMPS)/app: pyproject.toml constraints.txt $(STAMPS)/torch
 	@$(PIP) -e .
 	@touch $@
 
-# torchvision only lends RAFT to the tests, from a folder of its own: beside a torch without CUDA it cannot be imported, and
-# diffusers and transformers fail when they find it. Without its dependencies, because they name one exact build of torch.
+# torchvision lends RAFT to the tests. It is built for CUDA only: beside a torch without CUDA every library that finds it
+# would stumble over its missing operators, so it goes into a folder of its own there, which only the tests look into.
+# Without its dependencies, because they name one exact build of torch.
 $(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/torch
 	@echo "Installing Upriver with its test tools ..."
 	@$(PIP) -e ".[dev]"
-	@$(PIP) --no-deps --upgrade --target $(VENV)/torchvision-for-tests "$$(grep '^torchvision==' constraints.txt)"
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then place=; \
+	  else place="--upgrade --target $(VENV)/torchvision-for-tests"; fi; \
+	  $(PIP) --no-deps $$place "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@ $(STAMPS)/app
 
 venv: $(STAMPS)/dev  ## the environment of `make test` and `make lint`
