@@ -102,7 +102,7 @@ def resolve(
     if name in built_in_models():
         return _MODELS / name
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.is_file() or path.suffix in PICKLES:
         if path.suffix in PICKLES:

@@ -137,8 +137,8 @@ class RAFTFlow:
             weights from its cache, or downloads them there, at the first call.
 
     Raises:
-        FlowError: torchvision is not installed or not for this torch (at once), or the weights cannot be had or do not fit (at the first
-            call).
+        FlowError: torchvision is not installed or not for this torch (at once); the weights cannot be had or do not fit
+            (at the first call).
     """
 
     name = "raft"
@@ -249,7 +249,7 @@ def _grey_levels(frames: Tensor) -> Tensor:
 
 
 def _import_raft() -> ModuleType:
-    """Import torchvision's optical flow; its compiled part exists for one build of torch only, hence the RuntimeError."""
+    """Import torchvision's optical flow; its compiled part fits one build of torch only, hence the RuntimeError."""
     try:
         return importlib.import_module("torchvision.models.optical_flow")
     except (ImportError, RuntimeError) as error:

@@ -88,7 +88,7 @@ def test_names() -> None:
     for name in ("dis", "zero", "given"):
         assert make_flow(name).name == name
         assert isinstance(make_flow(name), FlowEstimator)
-    with pytest.raises(FlowError, match="'farneback'.*raft, dis, zero or given"):
+    with pytest.raises(FlowError, match=r"'farneback'.*raft, dis, zero or given"):
         make_flow("farneback")
 
 
@@ -102,9 +102,9 @@ def test_nothing_heavy_is_imported_before_it_is_needed(repository: Path) -> None
 def raft_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Random weights for RAFT, and torchvision made importable while this module's tests run.
 
-    Beside a torch without CUDA, torchvision lies in a folder of its own (`make venv` puts it there): its compiled operators
-    are missing then, and every library that finds it would stumble. Two operators are looked up by name when it is
-    imported; RAFT uses neither.
+    Beside a torch without CUDA, torchvision lies in a folder of its own (`make venv` puts it there): its compiled
+    operators are missing then, and every library that finds it would stumble. Two operators are looked up by name when
+    it is imported; RAFT uses neither.
     """
     folder = Path(sys.prefix, "torchvision-for-tests")
     if folder.is_dir():
@@ -165,7 +165,7 @@ def test_raft_refuses_other_weights(raft_weights: Path, tmp_path: Path) -> None:
     with pytest.raises(FlowError, match=r"other\.safetensors.*do not fit") as caught:
         RAFTFlow(weights=tmp_path / "other.safetensors")(*pair(32, 32))
     assert caught.value.code == "flow-raft-weights"
-    with pytest.raises(FlowError, match="none.safetensors"):
+    with pytest.raises(FlowError, match=r"none\.safetensors"):
         RAFTFlow(weights=tmp_path / "none.safetensors")(*pair(32, 32))
 
 
