@@ -165,7 +165,7 @@ def _likeness(grid_YX: np.ndarray, before_YX: np.ndarray) -> float:
             here = grid_YX[max(0, down) : rows + min(0, down), max(0, across) : columns + min(0, across)]
             there = before_YX[max(0, -down) : rows + min(0, -down), max(0, -across) : columns + min(0, -across)]
             # A small overlap correlates by chance: its share of the picture scales what it proves.
-            best = max(best, _correlation(here, there) * (here.size / grid_YX.size) ** 0.25)
+            best = max(best, _correlation(here, there) * (here.size / grid_YX.size) ** 0.5)
     return best
 
 
