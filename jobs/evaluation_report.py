@@ -64,18 +64,19 @@ def average(values: Iterable[float | None]) -> float | None:
 
 def gain(clips: Sequence[dict[str, Any]], label: str, method: str, field: str, base: str) -> float | None:
     """Mean over the clips of the relative reduction of a measure against another method, in per cent."""
-    rows = [clip["scores"][label] for clip in clips]
-    return average(100 * (1 - row[method][field] / row[base][field]) for row in rows if method in row and base in row)
+    pairs = [(row[method][field], row[base][field]) for row in _rows(clips, label, method, base)]
+    return average(None if value is None or before is None else 100 * (1 - value / before) for value, before in pairs)
 
 
 def difference(clips: Sequence[dict[str, Any]], label: str, method: str, field: str, base: str) -> float | None:
     """Mean over the clips of the absolute difference of a measure to another method."""
-    rows = [clip["scores"][label] for clip in clips]
-    return average(
-        row[method][field] - row[base][field]
-        for row in rows
-        if method in row and base in row and row[method][field] is not None
-    )
+    pairs = [(row[method][field], row[base][field]) for row in _rows(clips, label, method, base)]
+    return average(None if value is None or before is None else value - before for value, before in pairs)
+
+
+def _rows(clips: Sequence[dict[str, Any]], label: str, *methods: str) -> list[dict[str, Any]]:
+    """The scores by method of those clips on which all of `methods` were measured."""
+    return [row for row in (clip["scores"][label] for clip in clips) if all(method in row for method in methods)]
 
 
 def _cell(value: float | None, digits: int) -> str:
@@ -122,6 +123,13 @@ def summary(clips: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
                 f"VMAF-NEG {_signed(difference(clips, label, method, 'vmaf_neg', 'bicubic'), 2)}"
             )
             lines.append((f"{label}: {method} against bicubic", text))
+        if "4 steps" in present:
+            first, tenth = (
+                _cell(gain(clips, label, "4 steps", field, "bicubic"), 1)
+                for field in ("stlpips_first", "stlpips_tenth")
+            )
+            text = f"ST-LPIPS {first} % and {tenth} % lower than bicubic"
+            lines.append((f"{label}: first and tenth frame", text))
         moving = [clip for clip in clips if clip["moving"]]
         if moving and {"4 steps", "per frame"} <= present:
             text = (

@@ -147,7 +147,7 @@ def test_which_methods_are_measured_where() -> None:
 
 def test_summary_arithmetic() -> None:
     def clip(bicubic: float, four: float) -> dict[str, object]:
-        row = {"psnr": 30.0, "vmaf_neg": None, "sharpness": 0.1, "warp_error": 1.0}
+        row = {"psnr": 30.0, "vmaf_neg": None, "stlpips_first": bicubic, "stlpips_tenth": None}
         scores = {"bicubic": {**row, "stlpips": bicubic}, "4 steps": {**row, "stlpips": four, "psnr": 30.5}}
         return {"name": "c", "moving": False, "scores": {"x4": scores}}
 
@@ -160,5 +160,6 @@ def test_summary_arithmetic() -> None:
         (
             "x4: 4 steps against bicubic",
             "ST-LPIPS 20.0 % lower (lower on 1 of 2 clips), PSNR +0.50 dB, VMAF-NEG –",
-        )
+        ),
+        ("x4: first and tenth frame", "ST-LPIPS 0.0 % and – % lower than bicubic"),
     ]
