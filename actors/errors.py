@@ -10,7 +10,7 @@ import errno
 from enum import StrEnum
 from typing import TypedDict
 
-from infra.errors import CodedError, InfraError, SettingsError
+from infra.errors import ClusterError, CodedError, InfraError, SettingsError
 from pipeline.errors import CheckpointError, FlowError, PipelineError, ScheduleError, StateError
 from pipeline.video_errors import DestinationError, EncodeError, UnsupportedOutput
 
@@ -49,7 +49,7 @@ def failure_class(error: BaseException) -> FailureClass:
     """Return the class of `error`; anything that is not one of this project's own errors is judged by its type."""
     if isinstance(error, CheckpointError | FlowError | ScheduleError | StateError):
         return FailureClass.MODEL
-    if isinstance(error, SettingsError | UnsupportedOutput):
+    if isinstance(error, SettingsError | ClusterError | UnsupportedOutput):
         return FailureClass.OPTIONS
     if isinstance(error, DestinationError):
         return FailureClass.STORAGE

@@ -13,55 +13,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import ValidationError
-
 from actors.comparison import Comparison
-from actors.errors import ActorsError
+from actors.output import encoder_options, output_size
 from actors.overlap import ReadAhead, WriteBehind
 from actors.pictures import Picture, resize
 from pipeline.frames import frame_to_tensor, tensor_to_frame
 from pipeline.shots import CutDetector
-from pipeline.video import EncoderOptions, Limits, VideoFrame, VideoInfo, VideoReader, VideoWriter
+from pipeline.video import Limits, VideoFrame, VideoReader, VideoWriter
 from pipeline.video_errors import UnreadableVideo
 
 if TYPE_CHECKING:
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
 QUEUE_DEPTH = 4  # frames between decoder and model, and between model and encoder
-
-
-def output_size(info: VideoInfo, scale: int, height: int | None) -> tuple[int, int]:
-    """Return (width, height) of the output as coded.
-
-    Args:
-        scale: output size over input size.
-        height: height as seen, which for a clip filmed upright is the coded width; replaces `scale`. The other side
-            follows in proportion and is made even, because most codecs store colour for two by two pixels.
-    """
-    if height is None:
-        return info.width * scale, info.height * scale
-    if info.rotation_deg % 180:
-        return height, max(2, 2 * round(info.height * height / info.width / 2))
-    return max(2, 2 * round(info.width * height / info.height / 2)), height
-
-
-def encoder_options(options: dict[str, Any]) -> EncoderOptions:
-    """Return the typed options of the encoder; what was not asked for keeps its default.
-
-    Raises:
-        ActorsError: a value that the codec does not have.
-    """
-    asked = {name: options[name] for name in ("codec", "crf", "preset", "pix_fmt") if options[name] is not None}
-    try:
-        return EncoderOptions(**asked)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "codec"
-        raise ActorsError(
-            f"{name} {asked.get(name)!r} is not possible for codec {asked.get('codec', 'auto')}: {first['msg']}.",
-            code="encoder-options",
-            remedy=f"Change --{name.replace('_', '-')} or leave it out.",
-        ) from error
 
 
 class Restoration:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from infra.errors import InfraError
+from infra.errors import ClusterError
 
+CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 256 << 20  # only plans and progress records travel through it
 
 
@@ -40,7 +42,7 @@ def connected(num_cpus: int, *, quiet: bool = True) -> Iterator[Cluster]:
         quiet: drop what Ray's native code writes to stderr while Ray runs; Python's stderr is not touched.
 
     Raises:
-        InfraError: the cluster cannot be reached or Ray does not start.
+        ClusterError: the cluster cannot be reached or Ray does not start.
     """
     _quieten()
     import ray
@@ -71,6 +73,7 @@ def _start(address: str, num_cpus: int) -> None:
     import ray
 
     try:
+        _knock(address)
         if address == "local":
             ray.init(
                 address="local",
@@ -84,11 +87,18 @@ def _start(address: str, num_cpus: int) -> None:
             ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InfraError(
+        raise ClusterError(
             f"Ray at {address} cannot be used: {reason}.",
             code="ray-unavailable",
             remedy="Correct or unset RAY_ADDRESS." if address != "local" else "Check free memory and disk space.",
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once where nobody listens; Ray itself would try for ten minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 @contextmanager

@@ -44,5 +44,9 @@ class SettingsError(InfraError):
     """A setting from a flag, the environment or a file has an impossible value, or its file cannot be read."""
 
 
+class ClusterError(InfraError):
+    """The cluster cannot be reached or started."""
+
+
 class StorageError(InfraError):
     """A place cannot be read or written, is of an unsupported kind, or already holds something else."""

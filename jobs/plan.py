@@ -116,7 +116,7 @@ def select(src: str, dst: str) -> Selection:
     source, target = Path(src.removeprefix("file://")), Path(dst.removeprefix("file://"))
     if not source.exists():
         raise NoInputError(f"{src} does not exist.", code="source-missing", remedy="Check the path.")
-    if source.resolve() == target.resolve():
+    if _is_same(source, target):
         raise UsageError(
             f"Source and destination are the same: {src}.",
             code="destination-is-source",
@@ -140,6 +140,11 @@ def select(src: str, dst: str) -> Selection:
     return Selection(tuple(_name_results(source, videos, target)), target, True)
 
 
+def _is_same(source: Path, target: Path) -> bool:
+    """Whether both names lead to one file, by symbolic or hard links too."""
+    return source.resolve() == target.resolve() or (target.exists() and source.samefile(target))
+
+
 def _select_one(source: Path, target: Path, dst: str) -> Selection:
     from pipeline.video import container_for
 
@@ -148,7 +153,7 @@ def _select_one(source: Path, target: Path, dst: str) -> Selection:
         target = target / _result_name(Path(source.name if source.is_file() else f"{source.name}{FALLBACK_SUFFIX}"))
     elif target.suffix:  # without one it becomes a folder of pictures
         container_for(target.suffix)
-    if target.exists() and target.resolve() == source.resolve():
+    if _is_same(source, target):
         raise UsageError(
             f"Source and destination are the same: {target}.",
             code="destination-is-source",
@@ -266,28 +271,30 @@ def plan_row(item: Item, probed: Probed, number: int, work_file: Path, seed: int
     )
 
 
-def probe_item(item: Item, max_pixels: int) -> Probed:
-    """Return what the container of `item` says; an error becomes a failure in the answer."""
+def probe_item(item: Item, max_pixels: int, options: RowOptions) -> Probed:
+    """Return what the container of `item` says; an error, or an output that is impossible, becomes a failure in it."""
+    from actors.output import check_output
     from pipeline.video import Limits, probe
 
     try:
         info = probe(item.source, limits=Limits(max_pixels=max_pixels))
+        check_output(info, item.destination, options)
     except Exception as error:
         return Probed(item.name, failure=describe_failure(error))
     return Probed(item.name, info.width, info.height, -1 if info.frames is None else info.frames)
 
 
-def probe_all(items: Sequence[Item], max_pixels: int) -> dict[str, Probed]:
+def probe_all(items: Sequence[Item], max_pixels: int, options: RowOptions) -> dict[str, Probed]:
     """Probe every item and return the answers by name: one here, several by Ray Data tasks on CPUs."""
     if len(items) == 1:
-        return {items[0].name: probe_item(items[0], max_pixels)}
+        return {items[0].name: probe_item(items[0], max_pixels, options)}
     import ray.data
 
     def probe_row(row: dict[str, Any]) -> dict[str, Any]:
-        item = Item(row["source"], "", row["name"], 0, "")
-        return {"name": row["name"], "probed": json.dumps(asdict(probe_item(item, max_pixels)))}
+        item = Item(row["source"], row["destination"], row["name"], 0, "")
+        return {"name": row["name"], "probed": json.dumps(asdict(probe_item(item, max_pixels, options)))}
 
-    rows = [{"source": item.source, "name": item.name} for item in items]
+    rows = [{"source": item.source, "destination": item.destination, "name": item.name} for item in items]
     blocks = min(len(rows), 4 * max(1, int(ray.cluster_resources().get("CPU", 1))))
     answers = ray.data.from_items(rows, override_num_blocks=blocks).map(probe_row).take_all()
     return {answer["name"]: Probed(**json.loads(answer["probed"])) for answer in answers}

@@ -147,7 +147,7 @@ class RestoreJob:
         single = None if self._selection.is_folder else self._selection.items[0]
         if single is not None:
             # What makes a single file impossible is found before Ray starts or a model is fetched.
-            _raise_failure(probe_item(single, self._settings.max_pixels).failure)
+            _raise_failure(probe_item(single, self._settings.max_pixels, self._options).failure)
         model = resolve_model(self._settings.model)
         pending = self._without_finished(model)
         if pending:
@@ -258,7 +258,7 @@ class RestoreJob:
     def _plan(self, pending: list[Item], area: WorkArea, ledger: Ledger) -> list[tuple[Row, Item]]:
         """Return rows, the most pixels first: the last rows to end should be short ones."""
         rows = []
-        probes = probe_all(pending, self._settings.max_pixels)
+        probes = probe_all(pending, self._settings.max_pixels, self._options)
         for number, item in enumerate(pending):
             probed = probes[item.name]
             if probed.failure is not None:

@@ -194,7 +194,8 @@ def test_one_broken_file_stops_nothing(
     assert run.code == 4, run.err
     ended = {video["name"]: video["status"] for video in run.told["videos"]}
     assert ended == {
-        "deep/good.mp4": "restored", "old.avi": "restored", "letter.mp4": "failed", "song.mp4": "failed", "cut.mp4": "failed",
+        "deep/good.mp4": "restored", "old.avi": "restored",
+        "letter.mp4": "failed", "song.mp4": "failed", "cut.mp4": "failed",
     }  # fmt: skip
     assert (out / "cut.mp4").read_text() == "somebody's own file"
     records = [json.loads(line) for line in Path(run.told["ledger"]).read_text().splitlines()]
@@ -210,7 +211,8 @@ def test_one_broken_file_stops_nothing(
 
     again = restore(source, out, "--overwrite")
     assert {video["name"]: video["status"] for video in again.told["videos"]} == {
-        "deep/good.mp4": "skipped", "old.avi": "skipped", "letter.mp4": "failed", "song.mp4": "failed", "cut.mp4": "damaged",
+        "deep/good.mp4": "skipped", "old.avi": "skipped",
+        "letter.mp4": "failed", "song.mp4": "failed", "cut.mp4": "damaged",
     }  # fmt: skip
     assert again.code == 4
     for broken in ("letter.mp4", "song.mp4"):

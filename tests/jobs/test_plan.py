@@ -106,8 +106,9 @@ def test_the_run_id_changes_with_whatever_changes_the_result() -> None:
 def test_a_row_is_made_of_plain_values(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4")
     item = Item(str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"), "a.mp4", 1, "v")
-    probed = probe_item(item, 10**6)
+    options = row_options(Settings(), compare=True, truth=None)
+    probed = probe_item(item, 10**6, options)
     assert probed.failure is not None and probed.failure["code"] == "video-unreadable"
-    row = plan_row(item, probed, 3, tmp_path / "w.mp4", 7, row_options(Settings(), compare=True, truth=None))
+    row = plan_row(item, probed, 3, tmp_path / "w.mp4", 7, options)
     assert row["row_id"] == "000003" and row["frames"] == -1 and row["seed"] == 7
     assert all(isinstance(value, str | int) for value in row.values())
