@@ -56,9 +56,6 @@ def live_bytes() -> int:
 
 def test_no_tensor_outlives_its_frame(pipe: StreamDiffVSRPipeline) -> None:
     """What is alive after two frames is alive after twelve, and not a byte more."""
-    alive = []
-    clip = make_clip(12, 16, 24)
-    for _ in pipe(clip, pipe.start(), steps=2):
-        alive.append(live_bytes())
+    alive = [live_bytes() for _ in pipe(make_clip(12, 16, 24), pipe.start(), steps=2)]
     assert alive[1] > 0
     assert alive[1:] == [alive[1]] * 11
