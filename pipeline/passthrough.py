@@ -41,8 +41,8 @@ class Passthrough:
         self._muxer = muxer
         self._map: dict[int, Any] = {}
         self._main_index = main_video_stream(self._source, str(path)).index
-        self._packets: Iterator[av.Packet] | None = None
-        self._waiting: av.Packet | None = None
+        self._packets: Iterator[Any] | None = None
+        self._waiting: Any = None
 
     def streams_before_main(self) -> None:
         """Add the streams that come before the picture; call before the video stream is added."""
@@ -95,7 +95,7 @@ class Passthrough:
         """Release the source file."""
         self._source.close()
 
-    def _next(self) -> av.Packet | None:
+    def _next(self) -> Any:
         if self._packets is None:
             return None
         while True:
@@ -115,14 +115,14 @@ class Passthrough:
     def _add(self, streams: Iterator[Any]) -> None:
         for stream in streams:
             name = _describe(stream)
-            if stream.type == "attachment":
-                self._attach(stream, name)
+            if is_regenerated(stream, self._source):
                 continue
-            if stream.type == "data" and _is_regenerated(stream, self._source):
-                continue
-            problem = self._refusal(stream)
+            problem = refusal(stream, self._muxer)
             if problem:
                 self.warnings.append(f"{name} cannot be stored in {self._muxer} and was left out ({problem})")
+                continue
+            if stream.type == "attachment":
+                self._attach(stream)
                 continue
             copy = self._output.add_stream_from_template(stream)
             copy.metadata.update(
@@ -133,32 +133,36 @@ class Passthrough:
                 copy.id = stream.id
             self._map[stream.index] = copy
 
-    def _attach(self, stream: Any, name: str) -> None:
-        if self._muxer not in _ATTACHMENTS_IN:
-            self.warnings.append(f"{name} was left out: {self._muxer} has no attachments; .mkv has")
-            return
-        data = stream.data
-        copy = self._output.add_attachment(stream.name or "attachment", stream.mimetype or "", data)
+    def _attach(self, stream: Any) -> None:
+        copy = self._output.add_attachment(stream.name or "attachment", stream.mimetype or "", stream.data)
         copy.metadata.update(stream.metadata)
 
-    def _refusal(self, stream: Any) -> str | None:
-        """Why the output format cannot hold this stream, found by writing a header with it alone; None if it can."""
-        trial = av.open(io.BytesIO(), mode="w", format=self._muxer)
+
+def refusal(stream: Any, muxer: str) -> str | None:
+    """Why an output format cannot hold a copied stream, in libav's words; None if it can.
+
+    It is found by writing a header with this stream alone, because formats differ in more than their list of codecs.
+    """
+    if stream.type == "attachment":
+        return None if muxer in _ATTACHMENTS_IN else "it has no attachments"
+    trial = av.open(io.BytesIO(), mode="w", format=muxer)
+    try:
+        trial.add_stream_from_template(stream)
+        trial.start_encoding()
+    except (av.FFmpegError, ValueError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    finally:
         try:
-            trial.add_stream_from_template(stream)
-            trial.start_encoding()
-        except (av.FFmpegError, ValueError) as error:
-            return str(getattr(error, "strerror", None) or error)
-        finally:
-            try:
-                trial.close()
-            except (av.FFmpegError, ValueError):
-                pass
-        return None
+            trial.close()
+        except (av.FFmpegError, ValueError):
+            pass
+    return None
 
 
-def _is_regenerated(stream: Any, source: av.container.InputContainer) -> bool:
+def is_regenerated(stream: Any, source: av.container.InputContainer) -> bool:
     """Time code tracks and chapter text: written anew by the muxer from the tags and the chapters."""
+    if stream.type != "data":
+        return False
     if "timecode" in stream.metadata and any("timecode" in other.metadata for other in source.streams.video):
         return True
     return stream.name == "bin_data" and bool(source.chapters()) and source.format.name.startswith("mov")

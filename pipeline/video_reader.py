@@ -122,6 +122,19 @@ class VideoReader:
             yield frame
         self._check_count()
 
+    def stamps(self) -> Iterator[tuple[int, bytes]]:
+        """(pts, closed captions) of every picture that decodes, without converting any: for comparing files."""
+        if self.info.is_sequence:
+            sequence = ImageSequence(self._path, self.limits)
+            yield from ((index, b"") for index, one in enumerate(sequence.pictures(self.damage)) if one is not None)
+            return
+        container, stream = self._open()
+        for picture in self._decoded(container, stream):
+            self._stamp(picture)
+            self.frames_read += 1
+            yield picture.pts or 0, b"".join(data for _, data in _carried(picture))
+        self._check_count()
+
     def _sequence(self) -> Iterator[VideoFrame]:
         sequence = ImageSequence(self._path, self.limits)
         for index, picture in enumerate(sequence.pictures(self.damage)):
@@ -132,7 +145,8 @@ class VideoReader:
                 rgb_HWC, index, self.info.time_base, 1, self._first_index + self.frames_read, key_frame=True
             )
 
-    def _file(self) -> Iterator[VideoFrame]:
+    def _open(self) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
+        self.close()
         container = self._container = open_input(self._path, self.limits)
         stream = main_video_stream(container, self._path.name)
         context = stream.codec_context
@@ -142,6 +156,10 @@ class VideoReader:
         for other in container.streams:
             if other.index != stream.index:
                 other.discard = av.stream.Discard.all
+        return container, stream
+
+    def _file(self) -> Iterator[VideoFrame]:
+        container, stream = self._open()
         if self._start_pts is not None:
             # The deinterlacer needs the picture before the first wanted one, hence strictly before.
             container.seek(self._start_pts - int(self.deinterlaces), stream=stream, backward=True)
@@ -229,12 +247,6 @@ class VideoReader:
                     f"the picture size changes to {picture.width}x{picture.height}{_at(picture.pts, time_base)}; "
                     f"such pictures are scaled to {info.width}x{info.height}"
                 )
-        side_data: Any = picture.side_data
-        carried = tuple(
-            (_CARRIED_SIDE_DATA[item.type.name], bytes(item))
-            for item in side_data
-            if item.type.name in _CARRIED_SIDE_DATA
-        )
         return VideoFrame(
             rgb_HWC=to_rgb(picture, info.colour, width=info.width, height=info.height, threads=self._threads),
             pts=picture.pts or 0,
@@ -242,7 +254,7 @@ class VideoReader:
             duration=picture.duration or 0,
             index=self._first_index + self.frames_read,
             key_frame=bool(picture.key_frame),
-            side_data=carried,
+            side_data=_carried(picture),
         )
 
     def _check_count(self) -> None:
@@ -258,6 +270,13 @@ class VideoReader:
             self.damage.append(text)
         elif len(self.damage) == _MAX_NOTES:
             self.damage.append("and more of the like")
+
+
+def _carried(picture: av.VideoFrame) -> tuple[tuple[str, bytes], ...]:
+    side_data: Any = picture.side_data
+    return tuple(
+        (_CARRIED_SIDE_DATA[item.type.name], bytes(item)) for item in side_data if item.type.name in _CARRIED_SIDE_DATA
+    )
 
 
 def _at(pts: int | None, time_base: Fraction | None) -> str:
