@@ -87,6 +87,9 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
         latent_channels: channels of the latent.
         temporal_input: ``"raw"`` feeds the warped previous output as [-1, 1] into the encoder (published checkpoints),
             ``"unit"`` maps it to [0, 1] as `encode` does.
+        lr_skip: whether a linear estimate of the latent from the low-resolution frame is added to what the U-Net predicts
+            (a "sample" prediction). A small U-Net then learns only what a convolution cannot know. Off in published
+            checkpoints.
         encoder_temporal: whether encoder blocks carry (unused) TPM weights, as the published files do.
 
     The remaining fields are those of the published ``vae/config.json``. Raises ValueError where encoder and decoder do
@@ -117,6 +120,7 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
         force_upcast: bool = False,
         temporal_input: Literal["raw", "unit"] = "raw",
         encoder_temporal: bool = True,
+        lr_skip: bool = False,
     ) -> None:
         super().__init__()
         widths = tuple(reversed(decoder_block_out_channels))
@@ -156,6 +160,9 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
 
         self.encoder = _Layers(encoder)
         self.decoder = _Layers(decoder)
+        self.lr_projection: nn.Conv2d | None = None
+        if lr_skip:
+            self.lr_projection = nn.Conv2d(in_channels, latent_channels, 5, padding=2, padding_mode="replicate")
 
     def encode(self, x_B3HW: Tensor) -> Tensor:
         """Return the latent (B, C, ceil(H/4), ceil(W/4)) of pictures in [-1, 1]; not divided by the scaling factor."""

@@ -20,10 +20,13 @@ from pipeline.autoencoder import TemporalAutoencoderTiny, TemporalBlock
 MAX_ROWS = 60_000  # rows of the regression; more changes nothing at these widths
 
 
-def _fit(features_BCHW: Tensor, target_BDHW: Tensor, bias: bool, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Return weight (D,C,3,3) and bias (D,) of the 3x3 convolution that best maps features to the target."""
+def _fit(
+    features_BCHW: Tensor, target_BDHW: Tensor, bias: bool, ridge: float = 1e-3, side: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Return weight (D,C,side,side) and bias (D,) of the convolution that best maps features to the target."""
     channels = features_BCHW.shape[1]
-    rows = F.unfold(features_BCHW, 3, padding=1).transpose(1, 2).reshape(-1, channels * 9).double()
+    taps = channels * side**2
+    rows = F.unfold(features_BCHW, side, padding=side // 2).transpose(1, 2).reshape(-1, taps).double()
     target = target_BDHW.flatten(2).transpose(1, 2).reshape(-1, target_BDHW.shape[1]).double()
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_ROWS]
     rows, target = rows[chosen], target[chosen]
@@ -32,7 +35,7 @@ def _fit(features_BCHW: Tensor, target_BDHW: Tensor, bias: bool, ridge: float = 
     gram = rows.T @ rows / len(rows)
     penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     solution = torch.linalg.solve(gram + penalty, rows.T @ target / len(rows)).float()
-    weight = solution[: channels * 9].T.reshape(-1, channels, 3, 3)
+    weight = solution[:taps].T.reshape(-1, channels, side, side)
     return weight, solution[-1] if bias else torch.zeros(len(weight))
 
 
@@ -101,3 +104,11 @@ def initialise(vae: TemporalAutoencoderTiny, pictures_B3HW: Tensor) -> None:
             to_pixels.weight.copy_(weight)
             cast(nn.Parameter, to_pixels.bias).copy_(bias)
         x = layer(x)
+
+
+@torch.no_grad()
+def fit_projection(projection: nn.Conv2d, lr_B3hw: Tensor, latent_BChw: Tensor) -> None:
+    """Set `projection` to the linear map from low-resolution frames in [-1, 1] that best predicts the latents."""
+    weight, bias = _fit(lr_B3hw, latent_BChw, bias=True, ridge=1e-5, side=projection.kernel_size[0])
+    projection.weight.copy_(weight)
+    cast(nn.Parameter, projection.bias).copy_(bias)

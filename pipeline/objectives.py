@@ -131,6 +131,8 @@ class Objective:
             groups = [([*net.vae.encoder.parameters(), *decoder], 1.0)]
         elif stage == "stage1":
             groups = [(net.unet.parameters(), 1.0)] + ([(decoder, 0.5)] if self.config.train_decoder else [])
+            if net.vae.lr_projection is not None:
+                groups.append((net.vae.lr_projection.parameters(), 0.1))
         elif stage == "stage2":
             groups = [(net.vae.temporal_parameters(), 1.0)]
         else:
@@ -214,6 +216,8 @@ class Objective:
         x = torch.cat([add_noise(latent, noise, alpha), source], dim=1)
         prompt = latent.new_zeros(len(latent), 1, net.unet.config.cross_attention_dim)
         prediction = net.unet(x, t, prompt, return_dict=False)[0]
+        if net.vae.lr_projection is not None:
+            prediction = prediction + net.vae.lr_projection(source)
         target = {
             "sample": latent,
             "epsilon": noise,

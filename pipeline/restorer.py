@@ -88,8 +88,9 @@ class Restorer(nn.Module):
         """Build a model with fresh weights.
 
         The U-Net predicts the clean latent, not v: with few steps and few weights, carrying the noise through the
-        network only to subtract it again costs more than the restoration itself. The scheduler's configuration says
-        so, and DDIM is the same otherwise.
+        network only to subtract it again costs more than the restoration itself. Nor does it predict what a linear
+        map of the low-resolution frame already knows (`lr_skip`). The configurations say so, and DDIM is the same
+        otherwise.
         """
         levels = len(size.unet)
         unet = UNet2DConditionModel(
@@ -111,8 +112,11 @@ class Restorer(nn.Module):
             num_decoder_blocks=size.encoder_blocks[::-1],
             latent_channels=size.latent_channels,
             temporal_input="unit",
+            lr_skip=True,
             encoder_temporal=False,
         )
+        nn.init.zeros_(unet.conv_out.weight)  # the first prediction is the linear estimate alone
+        nn.init.zeros_(unet.conv_out.bias)
         scheduler = DDIMScheduler(
             num_train_timesteps=1000,
             beta_start=0.0001,
@@ -144,6 +148,8 @@ class Restorer(nn.Module):
         z = noise_BChw
         prompt = z.new_zeros(len(z), 1, self.unet.config.cross_attention_dim)
         embedding = None
+        skip = self.vae.lr_projection
+        estimate = skip(lr_B3hw) if skip is not None else None
         if warped_B3HW is not None and artg and self.controlnet is not None:
             embedding = self.controlnet.controlnet_cond_embedding(warped_B3HW)
         for index, t in enumerate(timesteps):
@@ -154,6 +160,8 @@ class Restorer(nn.Module):
             prediction = self.unet(
                 x, t, prompt, down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False
             )[0]
+            if estimate is not None:
+                prediction = prediction + estimate
             following = timesteps[index + 1] if index + 1 < len(timesteps) else FINAL
             z = ddim_step(self.scheduler, prediction, z, [t] * len(z), [following] * len(z))
         latent = z / self.vae.config.scaling_factor

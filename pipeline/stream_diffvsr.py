@@ -93,6 +93,13 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         self.options = options if options is not None else ModelOptions()
         _require_fit(unet, controlnet, vae)
         require_supported(scheduler)
+        if vae.lr_projection is not None and scheduler.config.prediction_type != "sample":
+            raise CheckpointError(
+                f"The autoencoder adds a linear estimate of the clean latent (lr_skip), but the scheduler's "
+                f"prediction_type is {scheduler.config.prediction_type!r}.",
+                code="checkpoint-misfit",
+                remedy="Use prediction_type 'sample', or an autoencoder without lr_skip.",
+            )
         self.register_modules(unet=unet, controlnet=controlnet, vae=vae, scheduler=scheduler)
         if prompt_embeds_1TD is None:
             prompt_embeds_1TD = torch.zeros(1, 1, unet.config.cross_attention_dim)
@@ -250,11 +257,14 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
                     flow_L2HW = flow_B2HW[later].to(device, torch.float32)
                 warped_L3HW = flow_warp(previous_L3HW, flow_L2HW, self.options.warp)
 
-        # 3. Draw the initial latents, and embed ARTG's condition, which all denoising steps share
+        # 3. Draw the initial latents; embed ARTG's condition and make the linear estimate, which all denoising steps share
         latents = self._initial_latents(frames_B3hw, states, noise_B4HW)
         condition_L = None
         if self.guidance.artg and warped_L3HW is not None:
             condition_L = embed_condition(self.controlnet, warped_L3HW) if self.cache_condition else warped_L3HW
+        estimate_BChw = None
+        if self.vae.lr_projection is not None:
+            estimate_BChw = self.vae.lr_projection(frames_B3hw.to(dtype)).to(torch.float32)
 
         # 4. Denoise; streams with fewer steps drop out of the batch when they are done
         for number in range(max(map(len, schedules))):
@@ -278,6 +288,8 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
                 mid_block_additional_residual=None if residuals is None else residuals.mid,
                 return_dict=False,
             )[0].to(torch.float32)
+            if estimate_BChw is not None:
+                model_output = model_output + estimate_BChw[rows]
             arrival = [schedules[b].previous[number] for b in rows]
             latents = latents.clone()
             latents[rows] = ddim_step(self.scheduler, model_output, latents[rows], timesteps, arrival)

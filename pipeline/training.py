@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.closed_form import initialise
+from pipeline.closed_form import fit_projection, initialise
 from pipeline.dataset import TrainingData
 from pipeline.errors import PipelineError
 from pipeline.losses import discriminator_loss
@@ -157,6 +157,10 @@ class Trainer:
                 code="training-init",
                 remedy="Pass --init with the folder that the stage before wrote (RUN/model).",
             )
+        if config.stage == "stage1" and "stage1" not in restorer.history and restorer.vae.lr_projection is not None:
+            draw = self.data.batches(config.seed, batch=64, frames=1, side=96, severity=config.severity, clip_share=0.2)
+            hr, lr, _ = next(draw)
+            fit_projection(restorer.vae.lr_projection, lr[:, 0], restorer.vae.encode(hr[:, 0]).detach())
         if config.stage == "stage3" and restorer.controlnet is None:
             restorer.add_guidance(restorer.size.conditioning)
         return restorer
