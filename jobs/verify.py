@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.colour import RANGE_FULL, effective_range, is_rgb_format
 from pipeline.encoder_options import CONTAINERS
 from pipeline.fingerprint import StreamFingerprint, fingerprint
+from pipeline.passthrough import BIBLIOGRAPHIC
 from pipeline.video_container import Limits
 from pipeline.video_probe import VideoInfo, probe
 from pipeline.video_reader import VideoReader
@@ -24,6 +25,7 @@ from pipeline.video_reader import VideoReader
 # Clocks of containers differ: 1 ms in Matroska. More than that is heard and seen in the end.
 SYNC_TOLERANCE_S = 0.001
 _CHAPTERS_NOT_IN = {"mpegts"}
+_TIME_CODES_NOT_IN = {"mpegts"}
 _FREE_TAGS_IN = {"matroska", "webm", "mp4", "mov"}
 _STREAM_TAGS_IN = {"matroska", "webm"}
 _DISPOSITIONS_IN = {"matroska", "webm"}
@@ -124,7 +126,7 @@ def verify(
         if not source.is_sequence:
             report.add("streams", f"{len(source.streams)}", "pictures only", wanted=True, note="a folder holds no more")
         return report
-    _compare_side_data(report, source, result, pictures, restored)
+    _compare_side_data(report, source, result, pictures, restored, muxer)
     _compare_streams(report, fingerprint(src, for_muxer=muxer), fingerprint(dst), muxer)
     _compare_tags(report, source, result, muxer)
     _compare_chapters(report, source, result, muxer)
@@ -221,7 +223,7 @@ def _compare_pictures(report: VerifyReport, source: _Pictures, result: _Pictures
 
 
 def _compare_side_data(
-    report: VerifyReport, source: VideoInfo, result: VideoInfo, before: _Pictures, after: _Pictures
+    report: VerifyReport, source: VideoInfo, result: VideoInfo, before: _Pictures, after: _Pictures, muxer: str
 ) -> None:
     holds_hdr = result.codec in ("h264", "hevc", "av1")
     for name, old, new in (
@@ -237,7 +239,8 @@ def _compare_side_data(
             wanted=not possible, note="" if possible else f"{result.codec} carries none",
         )  # fmt: skip
     if source.timecode != result.timecode:
-        report.add("time code", source.timecode, result.timecode)
+        lost = muxer in _TIME_CODES_NOT_IN
+        report.add("time code", source.timecode, result.timecode, wanted=lost, note=f"{muxer} has none" if lost else "")
 
 
 def _compare_streams(
@@ -246,7 +249,7 @@ def _compare_streams(
     left = list(result)
     for stream in source:
         reason = stream.refused_by.get(muxer)
-        match = next((other for other in left if (other.kind, other.codec) == (stream.kind, stream.codec)), None)
+        match = next((other for other in left if _alike(stream, other)), None)
         if match is None or reason:
             note = f"{muxer} cannot hold it ({reason})" if reason else ""
             report.add("stream", stream.describe(), "missing", wanted=bool(reason), note=note)
@@ -263,6 +266,12 @@ def _compare_streams(
         _compare_stream_tags(report, stream, match, muxer)
     for stream in left:
         report.add("stream", "none", stream.describe())
+
+
+def _alike(stream: StreamFingerprint, other: StreamFingerprint) -> bool:
+    """Same kind and codec; MP4 has one name for all layers of MPEG audio."""
+    codecs = ["mpeg audio" if one.codec in ("mp1", "mp2", "mp3") else one.codec for one in (stream, other)]
+    return stream.kind == other.kind and codecs[0] == codecs[1]
 
 
 def _compare_stream_times(report: VerifyReport, source: StreamFingerprint, result: StreamFingerprint) -> None:
@@ -299,7 +308,7 @@ def _compare_tags(report: VerifyReport, source: VideoInfo, result: VideoInfo, mu
     main_old, main_new = _tags(source.main_stream.metadata), _tags(result.main_stream.metadata)
     for key, value in main_old.items():
         if main_new.get(key) != value:
-            lost = muxer not in _STREAM_TAGS_IN and key != "language"
+            lost = muxer not in _STREAM_TAGS_IN and (key != "language" or muxer == "mpegts")
             note = f"{muxer} has no such tag" if lost else ""
             report.add(f"tag {key} of the picture", value, main_new.get(key), wanted=lost, note=note)
 
@@ -307,7 +316,7 @@ def _compare_tags(report: VerifyReport, source: VideoInfo, result: VideoInfo, mu
 def _tags(metadata: dict[str, str]) -> dict[str, str]:
     """Comparable tags: names in lower case (Matroska's are in capitals), no muxer's own, no "undetermined"."""
     return {
-        key.lower(): value
+        key.lower(): BIBLIOGRAPHIC.get(value, value) if key.lower() == "language" else value
         for key, value in metadata.items()
         if not key.lower().startswith(_OWN_TAGS) and (key.lower(), value) != ("language", "und")
     }

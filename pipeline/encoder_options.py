@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
+import av
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.colour import RANGE_FULL, RANGE_LIMITED, effective_range, is_rgb_format
@@ -151,7 +153,7 @@ def _default_codec(source: VideoInfo, container: str) -> Codec:
 def _pixel_format(
     options: EncoderOptions, source: VideoInfo, codec: Codec, width: int, height: int, warnings: list[str]
 ) -> str:
-    allowed = _PIX_FMTS[codec]
+    allowed = _encodable(codec)
     if options.pix_fmt != "auto":
         wanted = options.pix_fmt + "le" if options.pix_fmt.endswith("10") else options.pix_fmt
         if wanted not in allowed:
@@ -163,7 +165,10 @@ def _pixel_format(
     deep = source.bit_depth > 8 or codec == "prores"
     sampling = _sampling(source.pix_fmt)
     wanted = f"yuv{sampling}p10le" if deep else f"yuv{sampling}p"
-    if source.bit_depth > 10:
+    if deep and codec != "prores" and not any(name.endswith("10le") for name in allowed):
+        deep, wanted = False, f"yuv{sampling}p"
+        warnings.append(f"{source.bit_depth} bits per component were reduced to 8: this {codec} encoder has no more")
+    elif source.bit_depth > 10:
         warnings.append(f"{source.bit_depth} bits per component were reduced to 10")
     if wanted not in allowed:
         nearest = "yuv422p10le" if codec == "prores" else wanted.replace("422", "420").replace("444", "420")
@@ -171,6 +176,13 @@ def _pixel_format(
             warnings.append(f"chroma sampling 4:{sampling[1]}:{sampling[2]} became {nearest}: {codec} has no other")
         wanted = nearest
     return wanted
+
+
+@lru_cache
+def _encodable(codec: Codec) -> frozenset[str]:
+    """The pixel formats that this build's encoder takes, of those that are offered; builds differ in depth."""
+    built = {layout.name for layout in av.Codec(_ENCODERS[codec], "w").video_formats or ()}
+    return frozenset(_PIX_FMTS[codec] & built)
 
 
 def _sampling(pix_fmt: str) -> str:

@@ -19,6 +19,20 @@ from pipeline.video_container import Limits, main_video_stream, open_input
 _ATTACHMENTS_IN = {"matroska"}
 # Text that describes the old encoding of the picture; wrong or meaningless for the new one.
 _STALE_VIDEO_TAGS = ("encoder", "duration", "bps", "number_of_frames", "number_of_bytes", "_statistics", "vendor_id")
+# MPEG-TS takes any stream, but gives those without a mapping of their own back as nameless bytes.
+_IN_MPEGTS = {
+    "mp1", "mp2", "mp3", "aac", "aac_latm", "ac3", "eac3", "dts", "truehd", "opus", "pcm_bluray", "s302m",
+    "dvb_subtitle", "dvb_teletext", "hdmv_pgs_subtitle", "klv", "timed_id3", "scte_35", "smpte_2038",
+    "h264", "hevc", "mpeg2video", "mpeg1video",
+}  # fmt: skip
+# ISO 639-2 gives twenty languages two codes; QuickTime knows the bibliographic ones, most other files use the others.
+BIBLIOGRAPHIC = {
+    "sqi": "alb", "hye": "arm", "eus": "baq", "mya": "bur", "zho": "chi", "ces": "cze", "nld": "dut", "fra": "fre",
+    "kat": "geo", "deu": "ger", "ell": "gre", "isl": "ice", "mkd": "mac", "mri": "mao", "msa": "may", "fas": "per",
+    "ron": "rum", "slk": "slo", "bod": "tib", "cym": "wel",
+}  # fmt: skip
+_NAMED_LAYOUTS = {"1 channels": "mono", "2 channels": "stereo", "6 channels": "5.1", "8 channels": "7.1"}
+_STREAM_TAGS_IN = {"matroska", "webm"}
 _CONTAINER_TAGS = ("major_brand", "minor_version", "compatible_brands", "encoder")
 
 
@@ -57,9 +71,10 @@ class Passthrough:
                 self.warnings.append(f"{len(chapters)} chapters: {self._muxer} has none")
             else:
                 self._output.set_chapters(chapters)
-        for key, value in self._source.metadata.items():
-            if key.lower() not in _CONTAINER_TAGS:
-                self._output.metadata[key] = value
+        tags = {key: value for key, value in self._source.metadata.items() if key.lower() not in _CONTAINER_TAGS}
+        self._output.metadata.update(tags)
+        if tags and self._muxer == "mpegts":
+            self.warnings.append(f"tags of the file: mpegts has none ({', '.join(sorted(tags))})")
         wanted = [stream for stream in self._source.streams if stream.index in self._map]
         for stream in self._source.streams:
             if stream.index not in self._map:
@@ -72,7 +87,10 @@ class Passthrough:
         main = self._source.streams[self._main_index]
         for key, value in main.metadata.items():
             if not key.lower().startswith(_STALE_VIDEO_TAGS):
-                stream.metadata[key] = value
+                stream.metadata[key] = self._tag(key, value)
+        self._name_lost_tags(main)
+        if self._muxer == "mpegts" and "timecode" in main.metadata:
+            self.warnings.append("the time code track: mpegts has none")
         stream.disposition = main.disposition
         if self._muxer == "mpegts":
             stream.id = main.id
@@ -124,14 +142,22 @@ class Passthrough:
             if stream.type == "attachment":
                 self._attach(stream)
                 continue
-            copy = self._output.add_stream_from_template(stream)
-            copy.metadata.update(
-                {key: value for key, value in stream.metadata.items() if key.lower() not in ("encoder", "vendor_id")}
-            )
+            copy = _copy_of(stream, self._output)
+            for key, value in stream.metadata.items():
+                if key.lower() not in ("encoder", "vendor_id"):
+                    copy.metadata[key] = self._tag(key, value)
+            self._name_lost_tags(stream)
             copy.disposition = stream.disposition
             if self._muxer == "mpegts":
                 copy.id = stream.id
             self._map[stream.index] = copy
+
+    def _tag(self, key: str, value: str) -> str:
+        return BIBLIOGRAPHIC.get(value, value) if self._muxer == "mov" and key == "language" else value
+
+    def _name_lost_tags(self, stream: Any) -> None:
+        if self._muxer not in _STREAM_TAGS_IN and "title" in stream.metadata:
+            self.warnings.append(f"title of {_describe(stream)}: {self._muxer} has none")
 
     def _attach(self, stream: Any) -> None:
         copy = self._output.add_attachment(stream.name or "attachment", stream.mimetype or "", stream.data)
@@ -145,18 +171,28 @@ def refusal(stream: Any, muxer: str) -> str | None:
     """
     if stream.type == "attachment":
         return None if muxer in _ATTACHMENTS_IN else "it has no attachments"
+    context = stream.codec_context
+    if muxer == "mpegts" and (context.codec.canonical_name if context is not None else stream.name) not in _IN_MPEGTS:
+        return "it has no mapping for this codec"
     trial = av.open(io.BytesIO(), mode="w", format=muxer)
     try:
-        trial.add_stream_from_template(stream)
+        _copy_of(stream, trial)
         trial.start_encoding()
+        trial.close()  # MP4 writes what it knows of its streams at the end
     except (av.FFmpegError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error)
-    finally:
-        try:
-            trial.close()
-        except (av.FFmpegError, ValueError):
-            pass
     return None
+
+
+def _copy_of(stream: Any, output: av.container.OutputContainer) -> Any:
+    """A stream of `output` for the packets of `stream`."""
+    copy: Any = output.add_stream_from_template(stream)
+    if stream.type == "audio" and copy.codec_context is not None:
+        # AVI counts channels without naming them, which MP4 refuses at its very end.
+        named = _NAMED_LAYOUTS.get(stream.codec_context.layout.name)
+        if named:
+            copy.codec_context.layout = named
+    return copy
 
 
 def is_regenerated(stream: Any, source: av.container.InputContainer) -> bool:

@@ -30,11 +30,13 @@ from pipeline.colour import (
 from pipeline.encoder_options import EncoderOptions, EncoderSettings, container_for, resolve
 from pipeline.image_sequence import encode_png
 from pipeline.passthrough import Passthrough
+from pipeline.video_container import Limits, main_video_stream, open_input
 from pipeline.video_errors import DestinationError, EncodeError
 from pipeline.video_probe import VideoInfo
 from pipeline.video_reader import VideoFrame
 
 _MAX_ENCODER_RATE = 240
+_ANY_SIZE = Limits(min_side=1, max_side=1 << 20, max_pixels=1 << 31)
 _BIT_EXACT = 0x400  # AVFMT_FLAG_BITEXACT
 _CODEC_BIT_EXACT = 1 << 23  # AV_CODEC_FLAG_BITEXACT
 
@@ -135,6 +137,8 @@ class VideoWriter:
         picture = self._dressed(picture, frame)
         picture.pts, picture.time_base = frame.pts, frame.time_base
         self._durations[frame.pts] = frame.duration
+        if not self.frames:
+            self._first_pts = frame.pts
         try:
             self._mux(self._video.encode(picture))
         except (av.FFmpegError, ValueError) as error:
@@ -198,13 +202,17 @@ class VideoWriter:
         width, height = self._size
         self._settings: EncoderSettings = resolve(self._options, source, self._muxer, width, height)
         self.warnings.extend(self._settings.warnings)
-        self.warnings.extend(_uncarried(source, self._settings.codec))
+        self.warnings.extend(_uncarried(source, self._settings.codec, self._muxer))
         self._matrix = effective_matrix(source.colour, width, height)
         self._durations: dict[int, int] = {}
         self._captions_lost = False
         container_options = {}
         if self._muxer in ("mp4", "mov"):
             container_options["movflags"] = "use_metadata_tags" if _needs_free_tags(source) else "faststart"
+        if self._muxer in ("matroska", "webm"):
+            # Sound that starts before zero (encoder delay) would make libav shift every stream. Matroska's blocks count
+            # from their cluster with a sign, so they can say it.
+            container_options["avoid_negative_ts"] = "disabled"
         self._output = av.open(str(self._partial), mode="w", format=self._muxer, container_options=container_options)
         if self._options.bit_exact:
             self._output.flags |= _BIT_EXACT
@@ -284,6 +292,18 @@ class VideoWriter:
             self._passthrough.close()
         output, self._output = self._output, None
         output.close()
+        self._name_shift()
+
+    def _name_shift(self) -> None:
+        """Say so if the container moved the start, as MPEG-TS does with times below zero."""
+        with open_input(self._partial, _ANY_SIZE) as written:
+            stream = main_video_stream(written, self.path.name)
+            first = next((packet.pts for packet in written.demux(stream) if packet.pts is not None), None)
+            if first is None or stream.time_base is None:
+                return
+            shift_s = float(first * stream.time_base - self._first_pts * self._source.time_base)
+        if abs(shift_s) > 0.001:
+            self.warnings.append(f"all streams start {1000 * shift_s:.1f} ms later: {self._muxer} has no earlier times")
 
     def _publish(self) -> None:
         if not self._is_folder:
@@ -338,8 +358,14 @@ _NAMED_LOSSES = {
 }
 
 
-def _uncarried(source: VideoInfo, codec: str) -> list[str]:
+def _uncarried(source: VideoInfo, codec: str, muxer: str) -> list[str]:
     """What the pictures carry and the result will not."""
+    if source.rotation_deg and muxer == "mpegts":
+        lost_with_container = ["rotation: mpegts has none"]
+    elif source.sample_aspect_ratio != 1 and muxer in ("matroska", "webm") and codec not in ("h264", "hevc"):
+        lost_with_container = [f"sample aspect ratio: not stored for {codec} in {muxer}; H.264, H.265 or MP4 keep it"]
+    else:
+        lost_with_container = []
     lost = {words for name, words in _NAMED_LOSSES.items() if name in source.side_data}
     if codec not in ("h264", "hevc", "av1"):
         if source.mastering:
@@ -348,4 +374,4 @@ def _uncarried(source: VideoInfo, codec: str) -> list[str]:
             lost.add("HDR10 content light level")
     if any(component.is_alpha for component in av.VideoFormat(source.pix_fmt).components):
         lost.add("transparency")
-    return [f"{words}: not carried into {codec}" for words in sorted(lost)]
+    return lost_with_container + [f"{words}: not carried into {codec}" for words in sorted(lost)]
