@@ -87,7 +87,7 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
         latent_channels: channels of the latent.
         temporal_input: ``"raw"`` feeds the warped previous output as [-1, 1] into the encoder (published checkpoints),
             ``"unit"`` maps it to [0, 1] as `encode` does.
-        lr_skip: whether a linear estimate of the latent from the low-resolution frame is added to the U-Net's prediction
+        lr_skip: whether a linear estimate of the latent from the low-resolution frame joins the U-Net's prediction
             (a "sample" prediction). A small U-Net then learns only what a convolution cannot know. Off in published
             checkpoints.
         encoder_temporal: whether encoder blocks carry (unused) TPM weights, as the published files do.
