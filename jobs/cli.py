@@ -162,7 +162,7 @@ def verify(
     debug: Debug = False,
 ) -> int:
     """Compare a restored video with its source: frames, time stamps, size, streams, tags."""
-    from jobs.restore import verify_command
+    from jobs.differences import verify_command
 
     return verify_command(src, dst, scale=None if scale is None else int(scale), height=height, as_json=as_json)
 

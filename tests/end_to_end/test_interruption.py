@@ -1,0 +1,147 @@
+"""What a job leaves when it is stopped, or when its workers die: whole results or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.cli import main
+from pipeline.video import probe
+from tests.video_files import picture
+
+PATIENCE_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def long_film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source whose restoration takes a while."""
+    import av
+
+    path = tmp_path_factory.mktemp("long") / "film.mkv"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for index in range(400):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(index % 40, 160, 120), format="rgb24")))
+        output.mux(stream.encode(None))
+    return path
+
+
+def wait_for(what: Callable[[], object]) -> object:
+    """Return the first true value of `what()`."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        found = what()
+        if found:
+            return found
+        threading.Event().wait(0.05)
+    raise TimeoutError("the job did not get there")
+
+
+def unfinished(folder: Path) -> Path | None:
+    """Return the file that a worker is writing into, once there is something in it."""
+    for path in folder.rglob("*.partial*"):
+        if path.is_file() and path.stat().st_size > 0:
+            return path
+    return None
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_signal_ends_the_job_and_leaves_nothing(
+    long_film: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "new" / "out.mkv"
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "restore", str(long_film), str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: unfinished(tmp_path) or job.poll() is not None)
+        workers = psutil.Process(job.pid).children(recursive=True)
+        os.kill(job.pid, number)
+        told, err = job.communicate(timeout=PATIENCE_S)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == code, err
+    assert told == "" and err == "upriver: interrupted; nothing unfinished was left behind\n"
+    assert os.listdir(tmp_path) == []
+    psutil.wait_procs(workers, timeout=30)
+    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+
+
+def kill_writers(folder: Path, times: int, stop: threading.Event) -> None:
+    """Kill, `times` times, the worker that has a file under `folder` open."""
+    seen: set[str] = set()
+    while len(seen) < times and not stop.is_set():
+        path = unfinished(folder)
+        if path is None or str(path) in seen:
+            stop.wait(0.05)
+            continue
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if any(file.path == str(path) for file in process.open_files()):
+                    seen.add(str(path))
+                    process.kill()
+            except psutil.Error:
+                continue
+
+
+@pytest.mark.usefixtures("ray_running")
+@pytest.mark.parametrize(("deaths", "code"), [(1, 0), pytest.param(3, 4, marks=pytest.mark.slow)])
+def test_a_row_whose_worker_dies_is_tried_again_but_not_for_ever(
+    long_film: Path,
+    videos: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    deaths: int,
+    code: int,
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    shutil.copy(long_film, source / "long.mkv")
+    shutil.copy(videos["h264_vfr_mp4"], source / "short.mp4")
+    stop = threading.Event()
+    killer = threading.Thread(target=kill_writers, args=(out, deaths, stop), daemon=True)
+    killer.start()
+    try:
+        assert main(["restore", str(source), str(out), "--json"]) == code
+    finally:
+        stop.set()
+        killer.join()
+    told = json.loads(capsys.readouterr().out)
+    ended = {video["name"]: video["status"] for video in told["videos"]}
+    assert ended == {"long.mkv": "restored" if code == 0 else "failed", "short.mp4": "restored"}
+    records = [json.loads(line) for line in Path(told["ledger"]).read_text().splitlines()]
+    assert [record["attempt"] for record in records] == list(range(1, deaths + 1))
+    assert {record["failure_class"] for record in records} == {"lost-actor"}
+    left = sorted(path.name for path in out.rglob("*") if path.is_file() and path.name != "ledger.jsonl")
+    whole = ["short.mp4", "short.mp4.manifest.json"]
+    assert left == (["long.mkv", "long.mkv.manifest.json", *whole] if code == 0 else whole)
+    if code == 0:
+        assert probe(out / "long.mkv").width == 640
+
+
+def test_a_run_left_by_a_killed_driver_is_taken_up_again(videos: dict[str, Path], tmp_path: Path) -> None:
+    left = tmp_path / "out.mp4.upriver" / "0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / "000000.mp4").write_bytes(b"half")
+    assert main(["restore", str(videos["h264_vfr_mp4"]), str(tmp_path / "out.mp4"), "--json"]) == 0
+    assert sorted(os.listdir(tmp_path)) == ["out.mp4", "out.mp4.manifest.json"]
