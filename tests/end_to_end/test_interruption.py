@@ -50,11 +50,8 @@ def wait_for(what: Callable[[], object]) -> object:
 
 
 def unfinished(folder: Path) -> Path | None:
-    """Return the file that a worker is writing into, once there is something in it."""
-    for path in folder.rglob("*.partial*"):
-        if path.is_file() and path.stat().st_size > 0:
-            return path
-    return None
+    """Return the file that a worker is writing into, once there is one."""
+    return next((path for path in folder.rglob("*.partial*") if path.is_file()), None)
 
 
 @pytest.mark.parametrize(
