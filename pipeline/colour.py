@@ -42,6 +42,8 @@ EXACT = (
     | Interpolation.FULL_CHR_H_INP
     | Interpolation.BITEXACT
 )
+# MPEG-2, H.264 and what followed put chroma there unless they say otherwise; libswscale would take the centre.
+UNTOLD_CHROMA_LOCATION = "left"
 _FULL_SCALE = 65535
 # libswscale's 16-bit RGB white is not 65535: it carries the source's bits shifted left, and limited range is widened
 # with the 8-bit gain. Measured against closed-form conversion, see tests/pipeline/test_colour.py.
@@ -101,11 +103,17 @@ def is_rgb_format(pix_fmt: str) -> bool:
     return layout.is_rgb or layout.has_palette
 
 
+def is_subsampled(pix_fmt: str) -> bool:
+    """Whether the format has fewer chroma than luma samples, so that their position matters."""
+    layout = av.VideoFormat(pix_fmt)
+    return not is_rgb_format(pix_fmt) and (layout.chroma_width(16), layout.chroma_height(16)) != (16, 16)
+
+
 def to_rgb(frame: av.VideoFrame, tags: ColourTags, *, width: int, height: int, threads: int = 1) -> np.ndarray:
     """Convert a decoded frame to RGB by the tags of its stream.
 
     Args:
-        frame: any planar or packed picture; its own chroma position is honoured.
+        frame: any planar or packed picture; its own chroma position is honoured where the tags have one.
         tags: the stream's tags; an unspecified matrix follows `assumed_matrix(width, height)`.
         width, height: the size to deliver; differs from the frame's only where a stream changes size on the way.
         threads: slices that libswscale converts in parallel; the values do not depend on it.
@@ -118,6 +126,8 @@ def to_rgb(frame: av.VideoFrame, tags: ColourTags, *, width: int, height: int, t
     rgb = is_rgb_format(pix_fmt)
     full = effective_range(tags, pix_fmt) == RANGE_FULL
     matrix = effective_matrix(tags, frame.width, frame.height)
+    if tags.chroma_location is None and is_subsampled(pix_fmt):
+        frame = _placed(frame, UNTOLD_CHROMA_LOCATION)
     converted = frame.reformat(
         width=width,
         height=height,
@@ -151,7 +161,7 @@ def from_rgb(
         matrix: H.273 code point to convert with (see `effective_matrix`); ignored for RGB formats.
         colour_range: `RANGE_LIMITED` or `RANGE_FULL`.
         threads: as in `to_rgb`.
-        chroma_location: where subsampled chroma is to lie; None and "left" are the same.
+        chroma_location: where subsampled chroma is to lie; None is "left".
 
     Returns:
         A frame without time stamps; its tags are set by the encoder.
@@ -165,8 +175,8 @@ def from_rgb(
     if deep_in and not rgb_out:
         rgb_HWC = _levels(_FULL_SCALE, _DEEP_WHITE)[rgb_HWC]
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb_HWC), format="rgb48le" if deep_in else "rgb24")
-    if chroma_location not in (None, "left") and not rgb_out:
-        frame = _placed(frame, str(chroma_location))
+    if is_subsampled(pix_fmt):
+        frame = _placed(frame, chroma_location or UNTOLD_CHROMA_LOCATION)
     frame.color_range = RANGE_FULL
     return frame.reformat(
         format=pix_fmt,
@@ -206,7 +216,7 @@ def _plane_bytes(plane: Any, pix_fmt: str) -> bytes:
 
 
 def _placed(frame: av.VideoFrame, chroma_location: str) -> av.VideoFrame:
-    """Mark an RGB frame with the chroma position that its conversion should aim at; libswscale reads it there."""
+    """The same picture marked with the position of its chroma, or of the chroma it is to get; libswscale reads it."""
     graph = Graph()
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
     marker = graph.add("setparams", f"chroma_location={chroma_location}")
@@ -214,8 +224,9 @@ def _placed(frame: av.VideoFrame, chroma_location: str) -> av.VideoFrame:
     source.link_to(marker)
     marker.link_to(sink)
     graph.configure()
-    frame.pts = 0
+    pts, frame.pts = frame.pts, 0
     graph.push(frame)
+    frame.pts = pts
     marked: Any = graph.pull()
     return marked
 

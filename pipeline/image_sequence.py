@@ -123,7 +123,11 @@ def probe_sequence(folder: Path, limits: Limits) -> VideoInfo:
         duration_s=float(len(sequence.files) / SEQUENCE_RATE),
         interlaced=False,
         colour=ColourTags(
-            int(picture.colorspace), int(picture.color_primaries), int(picture.color_trc), int(picture.color_range)
+            int(picture.colorspace),
+            int(picture.color_primaries),
+            int(picture.color_trc),
+            int(picture.color_range),
+            "center" if codec == "mjpeg" else None,
         ),
         streams=(StreamInfo(0, "video", codec, 0, {}, 1 / SEQUENCE_RATE, 0, is_main=True),),
         is_sequence=True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import av
 import numpy as np
 from av.packet import PacketSideData, packet_sidedata_type_from_literal
+
+from pipeline.video import EncoderOptions, VideoReader, VideoWriter, WriteReport, probe
 
 WIDTH, HEIGHT, FRAMES = 96, 64, 16
 CAPTION = bytes([0xFC, 0x94, 0x20, 0xFC, 0xC8, 0xE9])
@@ -108,6 +111,29 @@ def with_side_data(frame: av.VideoFrame, name: str, data: bytes) -> av.VideoFram
     packet.set_sidedata(extra)
     (carrier,) = decoder.decode(packet)
     return carrier
+
+
+def enlarge(
+    source: Path, result: Path, *, options: EncoderOptions | None = None, copy: bool = True, overwrite: bool = False
+) -> tuple[WriteReport, list[str]]:
+    """Read, make four times as large by repeating pixels, and write; returns the report and the damage met."""
+    info = probe(source)
+    options = options or EncoderOptions(preset="ultrafast", threads=1)
+    with (
+        VideoReader(source, info=info, threads=1) as reader,
+        VideoWriter(
+            result,
+            info,
+            width=info.width * 4,
+            height=info.height * 4,
+            options=options,
+            source_path=source if copy else None,
+            overwrite=overwrite,
+        ) as writer,
+    ):
+        for frame in reader:
+            writer.write(replace(frame, rgb_HWC=frame.rgb_HWC.repeat(4, 0).repeat(4, 1)))
+        return writer.close(), reader.damage
 
 
 def _frames(
@@ -344,7 +370,7 @@ def _pictures(folder: Path, codec: str, pix_fmt: str) -> Path:
         encoder: Any = av.CodecContext.create(codec, "w")
         encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = WIDTH, HEIGHT, pix_fmt, Fraction(1, 25)
         encoder.color_range = 2
-        number = frame.pts
+        number = frame.pts or 0
         frame.pts = 0
         data = b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
         (folder / f"frame{number * 3}.{'png' if codec == 'png' else 'jpg'}").write_bytes(data)
