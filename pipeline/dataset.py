@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.degrade import BICUBIC, SCALE, degrade, downscale, draw_degradation
 from pipeline.errors import PipelineError
@@ -37,6 +39,9 @@ PICTURE_LEVELS = (
 )  # each photograph is kept at these sizes: more sharp texture per pixel, fewer blurs
 MAX_PICTURE_SIDE = 2800
 MIN_SIDE = 160
+
+
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class DatasetError(PipelineError):
@@ -245,26 +250,50 @@ class TrainingData:
         return torch.from_numpy(crop.copy()).permute(2, 0, 1).float() / 255
 
     def batches(
-        self, seed: int, *, batch: int, frames: int, side: int, severity: float, clip_share: float, start: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (hr_BT3SS, lr_BT3ss, flow_BT2SS) for ever. Batch n depends on (seed, n) alone: runs can resume."""
-        number = start
-        while True:
+        self,
+        seed: int,
+        *,
+        batch: int,
+        frames: int,
+        side: int,
+        severity: float,
+        clip_share: float,
+        start: int = 0,
+        workers: int = 0,
+    ) -> Iterator[Batch]:
+        """Yield (hr_BT3SS, lr_BT3ss, flow_BT2SS) for ever. Batch n depends on (seed, n) alone: runs can resume.
+
+        `workers`: processes that draw ahead; 0 draws in the caller's. A GPU needs several.
+        """
+
+        def draw(number: int) -> Batch:
             rng = np.random.default_rng([seed, number])
             drawn = [
                 self.sample(rng, frames=frames, side=side, severity=severity, clip_share=clip_share)
                 for _ in range(batch)
             ]
-            yield (
+            return (
                 torch.stack([s.hr_T3SS for s in drawn]),
                 torch.stack([s.lr_T3ss for s in drawn]),
                 torch.stack([s.flow_T2SS for s in drawn]),
             )
-            number += 1
+
+        numbers = range(start, sys.maxsize)
+        return iter(DataLoader(_Drawn(draw), batch_size=None, sampler=numbers, num_workers=workers))
+
+
+class _Drawn(Dataset[Batch]):
+    """Batches by their number."""
+
+    def __init__(self, draw: Callable[[int], Batch]) -> None:
+        self.draw = draw
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.draw(number)
 
 
 def _augment(hr_T3SS: Tensor, flow_T2SS: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Mirror, transpose and reverse nothing else: flow follows each change exactly."""
+    """Mirror and transpose at random; the flow follows exactly."""
     if rng.random() < 0.5:
         hr_T3SS, flow_T2SS = hr_T3SS.flip(3), flow_T2SS.flip(3) * torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1)
     if rng.random() < 0.25:

@@ -50,6 +50,7 @@ class TrainConfig(BaseModel):
             paper).
         train_decoder: stage 1 trains the decoder too (without its TPMs), at half the learning rate.
         perceptual_from, gan_from: share of the run after which these losses join.
+        workers: processes that prepare batches ahead; 0 prepares them between iterations.
         perceptual_side: side of the square on which the perceptual loss looks; 0 = the whole crop.
     """
 
@@ -95,6 +96,7 @@ class TrainConfig(BaseModel):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     device: str = "auto"
     threads: int = Field(default=1, ge=1)
+    workers: int = Field(default=0, ge=0)
     validate_every: int = 500
     save_every: int = 500
 

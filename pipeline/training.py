@@ -197,6 +197,7 @@ class Trainer:
             severity=config.severity,
             clip_share=config.clip_share,
             start=self.iteration,
+            workers=config.workers,
         )
         while self.iteration < config.iterations:
             figures = self.step(batches)

@@ -102,6 +102,8 @@ def test_duplicates_are_read_once_and_samples_depend_on_seed_and_number_alone(ph
     second = next(stream)
     again = next(data.batches(5, start=1, **options))
     assert all(torch.equal(a, b) for a, b in zip(second, again, strict=True))
+    ahead = next(data.batches(5, start=1, workers=1, **options))
+    assert all(torch.equal(a, b) for a, b in zip(second, ahead, strict=True))
     assert (
         second[0].shape == (2, 3, 3, 64, 64)
         and second[1].shape == (2, 3, 3, 16, 16)
