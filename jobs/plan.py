@@ -290,11 +290,14 @@ def probe_all(items: Sequence[Item], max_pixels: int, options: RowOptions) -> di
         return {items[0].name: probe_item(items[0], max_pixels, options)}
     import ray.data
 
+    from infra.cluster import quiet_data
+
     def probe_row(row: dict[str, Any]) -> dict[str, Any]:
         item = Item(row["source"], row["destination"], row["name"], 0, "")
         return {"name": row["name"], "probed": json.dumps(asdict(probe_item(item, max_pixels, options)))}
 
     rows = [{"source": item.source, "destination": item.destination, "name": item.name} for item in items]
     blocks = min(len(rows), 4 * max(1, int(ray.cluster_resources().get("CPU", 1))))
-    answers = ray.data.from_items(rows, override_num_blocks=blocks).map(probe_row).take_all()
+    with quiet_data():
+        answers = ray.data.from_items(rows, override_num_blocks=blocks).map(probe_row).take_all()
     return {answer["name"]: Probed(**json.loads(answer["probed"])) for answer in answers}

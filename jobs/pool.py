@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import signal
 import threading
 import warnings
@@ -23,7 +22,7 @@ from typing import Any, TypedDict
 
 from actors.hardware import usable_cores
 from actors.upscaler import EngineOptions, Upscaler
-from infra.cluster import Cluster
+from infra.cluster import Cluster, quiet_data
 from infra.settings import Settings
 from jobs.errors import ExitCode, Interrupted
 from jobs.plan import Row
@@ -69,14 +68,7 @@ def run_rows(rows: Sequence[Row], engine: EngineOptions, size: PoolSize) -> Iter
     """
     import ray.data
 
-    context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.max_errored_blocks = -1
-    for name in ("ray.data", "ray.data._internal"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    with ray.data.DataContext.current(context), warnings.catch_warnings():
+    with quiet_data(target_max_block_size=1, max_errored_blocks=-1), warnings.catch_warnings():
         # Ray has no other way yet to bound restarts than the keyword arguments that it announces to remove.
         warnings.simplefilter("ignore", category=DeprecationWarning)
         data = ray.data.from_items([dict(row) for row in rows], override_num_blocks=len(rows)).map_batches(
