@@ -103,7 +103,7 @@ def _knock(address: str) -> None:
 
 @contextmanager
 def quiet_data(**settings: object) -> Iterator[None]:
-    """Run Ray Data with `settings` of its context, without its bars and logs; other users of Ray Data notice nothing."""
+    """Run Ray Data with `settings` of its context and without its bars and logs; other users notice nothing."""
     import ray.data
 
     context = ray.data.DataContext.get_current().copy()
