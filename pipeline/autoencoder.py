@@ -34,11 +34,12 @@ class TemporalBlock(nn.Module):
 
     def __init__(self, channels: int, temporal: bool = True) -> None:
         super().__init__()
+        # in place: at output size, every new tensor costs as much in fresh memory as in arithmetic
         self.conv = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
         if temporal:
@@ -53,8 +54,8 @@ class TemporalBlock(nn.Module):
         """Return the block's output; `previous_BCHW` are the same block's features of the warped previous output."""
         y_BCHW = self.conv(x_BCHW)
         if previous_BCHW is not None:
-            y_BCHW = y_BCHW + TPM_STRENGTH * self.fuse(y_BCHW, previous_BCHW)
-        return F.relu(y_BCHW + x_BCHW)
+            y_BCHW = torch.add(y_BCHW, self.fuse(y_BCHW, previous_BCHW), alpha=TPM_STRENGTH)
+        return F.relu(y_BCHW.add_(x_BCHW), inplace=True)
 
     def fuse(self, current_BCHW: Tensor, previous_BCHW: Tensor) -> Tensor:
         """Mix pooled current and previous features as one token sequence; return them at the current size (B,C,H,W)."""
