@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 from pipeline.colour import ColourTags, bit_depth_of, from_rgb
-from pipeline.video_container import Limits, check_size
+from pipeline.video_container import Limits, check_size, decoder_bounds
 from pipeline.video_errors import UnreadableVideo, VideoNotFound
 from pipeline.video_probe import StreamInfo, VideoInfo
 
@@ -81,7 +81,7 @@ def decode_picture(file: Path, limits: Limits) -> av.VideoFrame:
         raise UnreadableVideo(f"{file.name} is not a PNG or JPEG picture.", remedy="Remove it from the folder.")
     check_size(*size, limits, file.name)
     decoder = av.CodecContext.create("png" if data[:4] == b"\x89PNG" else "mjpeg", "r")
-    decoder.options = {"max_pixels": str(limits.max_pixels)}
+    decoder.options = decoder_bounds(limits)
     try:
         frames = [*decoder.decode(av.Packet(data)), *decoder.decode(None)]
     except (av.FFmpegError, EOFError) as error:

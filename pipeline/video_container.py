@@ -38,6 +38,11 @@ class Limits:
     max_pixels: int = 8192 * 4320
 
 
+def decoder_bounds(limits: Limits) -> dict[str, str]:
+    """What a decoder may allocate. Twice the limit, because libav rounds sizes up first; `check_size` is exact."""
+    return {"max_pixels": str(2 * limits.max_pixels)}
+
+
 def check_size(width: int, height: int, limits: Limits, name: str) -> None:
     """Raise `FrameTooLarge` or `FrameTooSmall` with the size, the limit and what can be done."""
     if width > limits.max_side or height > limits.max_side or width * height > limits.max_pixels:
@@ -96,7 +101,7 @@ def open_input(
         return av.open(
             f"file:{file.absolute()}",
             mode="r",
-            options={"max_pixels": str(limits.max_pixels)},
+            options=decoder_bounds(limits),
             container_options={
                 "protocol_whitelist": _PROTOCOLS,
                 "format_whitelist": DEMUXERS,

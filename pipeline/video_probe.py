@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipeline.video_container import (
     check_declared_sizes,
     check_size,
     chroma_location,
+    decoder_bounds,
     main_video_stream,
     open_input,
 )
@@ -147,7 +148,7 @@ def probe(path: str | os.PathLike[str], *, limits: Limits | None = None) -> Vide
         context = stream.codec_context
         if context.width and context.height:
             check_size(context.width, context.height, limits, Path(path).name)
-        context.options = {"max_pixels": str(limits.max_pixels)}
+        context.options = decoder_bounds(limits)
         # Decoding overwrites the context's tags with those of the bit stream, which may say less than the container.
         declared = ColourTags(
             matrix=int(context.colorspace),
@@ -226,7 +227,7 @@ def parse_mastering(raw: bytes) -> MasteringDisplay | None:
 
 def _first_pictures(
     container: av.container.InputContainer, stream: av.video.stream.VideoStream
-) -> Iterable[av.VideoFrame]:
+) -> Iterator[av.VideoFrame]:
     """Up to `_FIRST_PICTURES` decoded frames, over damaged packets."""
     given = 0
     try:
@@ -246,7 +247,7 @@ def _first_pictures(
         return
 
 
-def _chain(first: av.VideoFrame, rest: Iterable[av.VideoFrame]) -> Iterable[av.VideoFrame]:
+def _chain(first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     yield first
     yield from rest
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -20,7 +21,7 @@ import numpy as np
 from pipeline.colour import to_rgb
 from pipeline.image_sequence import ImageSequence
 from pipeline.interlacing import Deinterlacer
-from pipeline.video_container import Limits, check_size, main_video_stream, open_input
+from pipeline.video_container import Limits, check_size, decoder_bounds, main_video_stream, open_input
 from pipeline.video_errors import UnreadableVideo
 from pipeline.video_probe import VideoInfo, probe
 
@@ -28,6 +29,8 @@ Deinterlace = Literal["auto", "on", "off"]
 # What a picture carries beside its pixels and what an encoder can put back.
 _CARRIED_SIDE_DATA = {"A53_CC": "a53_cc"}
 _MAX_NOTES = 20
+# How much further back each attempt to jump into a file goes.
+_SEEK_BACK_S = (0, 2, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,19 +155,16 @@ class VideoReader:
         context = stream.codec_context
         context.thread_count = self._threads
         context.thread_type = "AUTO"
-        context.options = {"max_pixels": str(self.limits.max_pixels)}
+        context.options = decoder_bounds(self.limits)
         for other in container.streams:
             if other.index != stream.index:
                 other.discard = av.stream.Discard.all
         return container, stream
 
     def _file(self) -> Iterator[VideoFrame]:
-        container, stream = self._open()
-        if self._start_pts is not None:
-            # The deinterlacer needs the picture before the first wanted one, hence strictly before.
-            container.seek(self._start_pts - int(self.deinterlaces), stream=stream, backward=True)
+        decoded_pictures, stream = self._from_start_pts()
         time_base = stream.time_base or self.info.time_base
-        for decoded in self._decoded(container, stream):
+        for decoded in decoded_pictures:
             self._stamp(decoded)
             if self._deinterlacer is None:
                 pictures: Iterator[av.VideoFrame] = iter((decoded,))
@@ -179,6 +179,30 @@ class VideoReader:
             for picture in self._deinterlacer.flush():
                 if self._wanted(picture.pts):
                     yield self._frame(picture, time_base)
+
+    def _from_start_pts(self) -> tuple[Iterator[av.VideoFrame], av.video.stream.VideoStream]:
+        """Decoded pictures from at or before `start_pts` on, or from the beginning without one.
+
+        Containers without an index (MPEG-TS) jump to any place; if no picture from before the wanted one can be
+        decoded there, the jump was too short.
+        """
+        container, stream = self._open()
+        if self._start_pts is None:
+            return self._decoded(container, stream), stream
+        # The deinterlacer needs the picture before the first wanted one, hence strictly before.
+        target = self._start_pts - int(self.deinterlaces)
+        for back_s in _SEEK_BACK_S:
+            try:
+                container.seek(target - round(back_s / (stream.time_base or 1)), stream=stream, backward=True)
+            except (av.FFmpegError, OSError):
+                break
+            pictures = self._decoded(container, stream)
+            first = next(pictures, None)
+            if first is not None and first.pts is not None and first.pts <= target:
+                return chain((first,), pictures), stream
+            self.damage.clear()
+            container, stream = self._open()
+        return self._decoded(container, stream), stream
 
     def _decoded(
         self, container: av.container.InputContainer, stream: av.video.stream.VideoStream

@@ -86,6 +86,7 @@ class VideoWriter:
         self._options = options or EncoderOptions()
         self._overwrite = overwrite
         self._done = False
+        self._last_pts: int | None = None
         check_destination(self.path, source.path, overwrite=overwrite)
         self._partial = self.path.with_name(f".{self.path.stem}.{secrets.token_hex(4)}.partial{self.path.suffix}")
         self._is_folder = not self.path.suffix
@@ -123,6 +124,12 @@ class VideoWriter:
                 f"A picture of {width}x{height} was given to a writer of {self._size[0]}x{self._size[1]}.",
                 remedy="Resize it first.",
             )
+        if self._last_pts is not None and frame.pts <= self._last_pts:
+            raise EncodeError(
+                f"Picture {self.frames} has the time stamp {frame.pts}, the one before {self._last_pts}.",
+                remedy="Write pictures in the order in which they are shown.",
+            )
+        self._last_pts = frame.pts
         if self._is_folder:
             (self._partial / f"{self.frames:06d}.png").write_bytes(encode_png(frame.rgb_HWC))
             self.frames += 1

@@ -137,10 +137,21 @@ def enlarge(
 
 
 def _frames(
-    count: int, size: tuple[int, int], pix_fmt: str, stamps: Sequence[int] | None = None, start: int = 0
+    count: int,
+    size: tuple[int, int],
+    pix_fmt: str,
+    stamps: Sequence[int] | None = None,
+    start: int = 0,
+    matrix: int = 5,
+    full: bool = False,
 ) -> Iterator[av.VideoFrame]:
     for index in range(count):
-        frame = av.VideoFrame.from_ndarray(picture(index, *size), format="rgb24").reformat(format=pix_fmt)
+        frame = av.VideoFrame.from_ndarray(picture(index, *size), format="rgb24").reformat(
+            format=pix_fmt,
+            dst_colorspace=matrix,
+            src_color_range=2,
+            dst_color_range=2 if full or pix_fmt.startswith(("yuvj", "rgb")) else 1,
+        )
         frame.pts = start + (stamps[index] if stamps else index)
         yield frame
 
@@ -210,7 +221,9 @@ def _simple(
         if colour_range:
             video.codec_context.color_range = colour_range
         sound = _audio_stream(output, audio) if audio else None
-        for frame in _frames(frames, size, pix_fmt, start=start):
+        for frame in _frames(
+            frames, size, pix_fmt, start=start, matrix=colour[0] if colour else 5, full=colour_range == 2
+        ):
             output.mux(video.encode(frame))
         output.mux(video.encode(None))
         if sound is not None:
@@ -233,7 +246,7 @@ def _h264_vfr(path: Path) -> Path:
         _tag(video, (1, 1, 1), 1)
         video.metadata["language"] = "eng"
         sound = _audio_stream(output, "aac", "eng")
-        for frame in _frames(FRAMES, (WIDTH, HEIGHT), "yuv420p", stamps):
+        for frame in _frames(FRAMES, (WIDTH, HEIGHT), "yuv420p", stamps, matrix=1):
             frame.time_base = Fraction(1, 30000)
             output.mux(video.encode(frame))
         output.mux(video.encode(None))
@@ -265,7 +278,7 @@ def _hevc_hdr(path: Path) -> Path:
         )
         _tag(video, (9, 9, 16), 1)
         sound = _audio_stream(output, "libopus")
-        for frame in _frames(FRAMES, (WIDTH, HEIGHT), "yuv420p10le"):
+        for frame in _frames(FRAMES, (WIDTH, HEIGHT), "yuv420p10le", matrix=9):
             output.mux(video.encode(frame))
         output.mux(video.encode(None))
         _sound(output, sound, FRAMES / 25)
@@ -346,7 +359,7 @@ def _prores(path: Path) -> Path:
         video.metadata["timecode"] = "01:02:03:04"
         _tag(video, (1, 1, 1), 1)
         sound = _audio_stream(output, "pcm_s16le")
-        for frame in _frames(FRAMES, (WIDTH, HEIGHT), "yuv422p10le"):
+        for frame in _frames(FRAMES, (WIDTH, HEIGHT), "yuv422p10le", matrix=1):
             output.mux(video.encode(frame))
         output.mux(video.encode(None))
         _sound(output, sound, FRAMES / 24)
