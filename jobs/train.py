@@ -148,3 +148,47 @@ def pack(
 
     size = write(data, destination, max_mb=max_mb, max_side=max_side, max_frames=max_frames, max_height=max_height)
     typer.echo(f"{destination}: {size / 1e6:.1f} MB")
+
+
+@app.command()
+def curves(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, in the order of the stages.")],
+    out: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("curves.png"),
+) -> None:
+    """Plot the validation figures of runs (PSNR and ST-LPIPS against iterations) into one picture."""
+    import json
+
+    from jobs.errors import UsageError
+
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError(
+            "matplotlib is not installed.", code="train-plot", remedy='Install it with: pip install "upriver[train]".'
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(runs), figsize=(4 * len(runs), 6), squeeze=False)
+    for column, run in enumerate(runs):
+        file = run / "metrics.jsonl"
+        if not file.is_file():
+            raise UsageError(f"{file} does not exist.", code="train-plot", remedy="Name the --out folders of runs.")
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        points = [(r["iteration"], r["validation"]) for r in records if "validation" in r]
+        for row, measure in enumerate(("psnr", "stlpips")):
+            names = sorted({name for _, values in points for name in values if name.split("_")[0] == measure})
+            for name in names:
+                steps = name.removeprefix(measure).strip("_")
+                label = {"": "output", "bicubic": "bicubic"}.get(steps, f"{steps} step{'s' * (steps != '1')}, alone")
+                style = "--" if steps == "bicubic" else "-"
+                axes[row][column].plot([n for n, _ in points], [v[name] for _, v in points], style, label=label)
+            axes[row][column].set_title(run.name if row == 0 else "")
+            axes[row][column].set_ylabel({"psnr": "PSNR, dB", "stlpips": "ST-LPIPS (Alex)"}[measure])
+            axes[row][column].set_xlabel("iteration")
+            axes[row][column].legend(fontsize="small")
+            axes[row][column].grid(alpha=0.3)
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=80)
+    typer.echo(str(out))
