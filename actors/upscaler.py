@@ -75,11 +75,11 @@ class Upscaler:
 
     def _load(self) -> StreamDiffVSRPipeline:
         if self._pipe is None:
+            began = time.perf_counter()  # importing torch and diffusers is most of it
             import torch
 
             from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
-            began = time.perf_counter()
             # Ray gives a worker one OpenMP thread unless it reserves more; what to use is decided by the job.
             torch.set_num_threads(self._options.threads)
             device = choose_device(self._options.device)

@@ -44,10 +44,15 @@ MAX_ATTEMPTS = 3  # of a row whose worker dies
 
 @dataclass(slots=True)
 class Report:
-    """How a restore job ended. `wall_s` leaves out the start of Ray, which `ray_start_s` has."""
+    """How a restore job ended.
+
+    `wall_s` is the time from the first probe to the last manifest, without the start of Ray, which `ray_start_s` has;
+    `prepare_s` is the part of it before that: probing, and checking the model.
+    """
 
     outcomes: list[Outcome] = field(default_factory=list)
     ray_start_s: float = 0.0
+    prepare_s: float = 0.0
     wall_s: float = 0.0
     ledger: Path | None = None
 
@@ -108,6 +113,7 @@ def _as_json(report: Report) -> dict[str, Any]:
     return {
         "exit_code": int(report.exit_code()),
         "ray_start_s": round(report.ray_start_s, 3),
+        "prepare_s": round(report.prepare_s, 3),
         "wall_s": round(report.wall_s, 3),
         "ledger": None if report.ledger is None else str(report.ledger),
         "videos": [dataclasses.asdict(outcome) for outcome in report.outcomes],
@@ -150,6 +156,7 @@ class RestoreJob:
             _raise_failure(probe_item(single, self._settings.max_pixels, self._options).failure)
         model = resolve_model(self._settings.model)
         pending = self._without_finished(model)
+        self._report.prepare_s = time.perf_counter() - began
         if pending:
             root = str(self._selection.root)
             storage_for(root).check_writable(f"{root}/probe" if self._selection.is_folder else root)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from infra.cluster import Cluster, native_stderr_dropped
+from infra.settings import Settings
+from jobs.pool import PoolSize, pool_size
+
+
+def cluster(*, nodes: int = 1, cpus: int = 8, gpus: int = 0) -> Cluster:
+    return Cluster(address="h:1", local=False, nodes=nodes, cpus=cpus, gpus=gpus, start_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "where", "rows", "expected"),
+    [
+        # a laptop: one worker with all cores
+        ({}, cluster(), 5, PoolSize(1, 0.0, 8.0, 8)),
+        # one worker per GPU; beside a GPU no CPU is reserved, or the pool would starve what feeds it
+        ({}, cluster(gpus=2), 5, PoolSize(2, 1.0, 0.0, 4)),
+        # no more workers than rows
+        ({}, cluster(gpus=2), 1, PoolSize(1, 1.0, 0.0, 8)),
+        # half a GPU each
+        ({"gpus_per_actor": 0.5}, cluster(gpus=2), 9, PoolSize(4, 0.5, 0.0, 2)),
+        # told to leave the GPUs alone
+        ({"device": "cpu"}, cluster(gpus=2), 5, PoolSize(1, 0.0, 8.0, 8)),
+        ({"gpus_per_actor": 0}, cluster(gpus=2), 5, PoolSize(1, 0.0, 8.0, 8)),
+        # one per node
+        ({}, cluster(nodes=3, cpus=12), 9, PoolSize(3, 0.0, 4.0, 4)),
+        # more workers than cores must still fit side by side, or some would never start
+        ({"actors": 4}, cluster(cpus=2), 9, PoolSize(4, 0.0, 0.5, 1)),
+        ({"threads": 2}, cluster(), 9, PoolSize(1, 0.0, 2.0, 2)),
+    ],
+)
+def test_the_pool_follows_the_machine(
+    settings: dict[str, object], where: Cluster, rows: int, expected: PoolSize
+) -> None:
+    assert pool_size(Settings(**settings), where, rows) == expected  # type: ignore[arg-type]
+
+
+def test_native_stderr_is_dropped_and_pythons_is_not(capfd: pytest.CaptureFixture[str]) -> None:
+    import os
+    import sys
+
+    with native_stderr_dropped():
+        os.write(2, b"from native code\n")
+        print("from Python", file=sys.stderr)
+    os.write(2, b"afterwards\n")
+    told = capfd.readouterr().err
+    assert "from native code" not in told and "afterwards" in told
