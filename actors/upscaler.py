@@ -13,15 +13,17 @@ import dataclasses
 import hashlib
 import json
 import logging
+import platform
 import time
 from collections.abc import Iterator
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.errors import describe_failure
+from actors.errors import ActorsError, describe_failure
 from actors.hardware import choose_device, choose_dtype
 from actors.restoration import Restoration
 
@@ -44,6 +46,7 @@ class EngineOptions:
     flow: str
     threads: int
     max_pixels: int
+    version: str  # of Upriver where the job was started
 
 
 class Upscaler:
@@ -93,9 +96,27 @@ class Upscaler:
             self._load_s = time.perf_counter() - began
         return self._pipe
 
+    def _require_same_world(self, row: dict[str, Any]) -> None:
+        """Raise ActorsError where this worker runs another Upriver than the driver, or does not see its files."""
+        here = installed_version("upriver")
+        if here != self._options.version:
+            raise ActorsError(
+                f"The worker on {platform.node()} has Upriver {here}, the job was started with {self._options.version}.",
+                code="worker-version",
+                remedy="Install one version on every node.",
+            )
+        for place in (Path(row["source"]), Path(row["work_file"]).parent):
+            if not place.exists():
+                raise ActorsError(
+                    f"The worker on {platform.node()} does not see {place}.",
+                    code="worker-sees-no-file",
+                    remedy="Use a path on storage that all nodes share.",
+                )
+
     def _restore(self, row: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """Yield (frames so far, None) now and then, and at the end (frames, details)."""
         began = time.perf_counter()
+        self._require_same_world(row)
         pipe = self._load()
         task = Restoration(
             pipe, row, json.loads(row["options"]), threads=self._options.threads, max_pixels=self._options.max_pixels

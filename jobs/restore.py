@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,7 @@ class RestoreJob:
             flow=self._settings.flow,
             threads=size.threads_each,
             max_pixels=self._settings.max_pixels,
+            version=version("upriver"),
         )
         with ProgressBar(total, quiet=self._quiet) as bar:
             for attempt in range(1, MAX_ATTEMPTS + 1):
