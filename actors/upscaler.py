@@ -101,7 +101,7 @@ class Upscaler:
         here = installed_version("upriver")
         if here != self._options.version:
             raise ActorsError(
-                f"The worker on {platform.node()} has Upriver {here}, the job was started with {self._options.version}.",
+                f"The worker on {platform.node()} has Upriver {here}, the job was started by {self._options.version}.",
                 code="worker-version",
                 remedy="Install one version on every node.",
             )

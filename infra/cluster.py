@@ -149,6 +149,7 @@ def _quieten() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what the raylet says of dead workers would go to stdout
+        "RAY_worker_niceness": "0",  # by default workers give way to every other program
         "RAY_TQDM": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
     }.items():
