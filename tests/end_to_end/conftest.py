@@ -17,7 +17,7 @@ from tests.video_files import make_bad_files, make_video_files
 def ray_running() -> Iterator[None]:
     """One Ray with two logical CPUs; jobs find it running and leave it so."""
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - the spelling that Ray reads
     import ray
 
     ray.init(
