@@ -16,14 +16,14 @@ from av.filter import Graph
 
 # Shares of pictures that decide; only pictures with motion have a say on their content.
 _FLAGGED_SHARE = 0.5
-_COMBED_SHARE = 0.75
+_COMBED_SHARE = 0.6
 _MIN_MOVING_PICTURES = 4
 # A pixel moves when it changes by more than noise does (8-bit levels); fewer such pixels than this prove nothing.
 _MOTION_LEVELS = 12
 _MIN_MOVING_PIXELS = 64
 # Woven fields make neighbouring lines differ more than lines of one field do; in real progressive pictures the
 # nearer line is the more similar one, with a ratio of 0.5 to 0.9.
-_COMB_RATIO = 1.15
+_COMB_RATIO = 1.02
 
 
 class FieldStatistics:

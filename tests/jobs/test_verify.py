@@ -62,6 +62,8 @@ def test_what_another_container_cannot_hold_is_wanted_and_the_rest_is_equal(
     verified = verify(files[name], result, scale=4)
     assert verified.ok, verified.unwanted
     assert verified.largest_time_error_s <= 0.001
+    # MPEG-TS alone cannot say that sound starts before zero, and then everything starts later.
+    assert abs(verified.offset_s) <= 0.0005 or any("later" in warning for warning in report.warnings if suffix == ".ts")
     lost = [item for item in verified.differences if item.what == "stream"]
     assert all(any(item.source.split(",")[0] in warning for warning in report.warnings) for item in lost)
 
