@@ -178,7 +178,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             nn.Module.to(network, *args, **kwargs)  # diffusers' own `to` warns of a cast that these networks bear
             if self.device.type == "cpu":
                 # convolutions of few channels on large pictures run up to three times as fast this way
-                nn.Module.to(network, memory_format=torch.channels_last)
+                network.to(memory_format=torch.channels_last)
         self.prompt_embeds_1TD = self.prompt_embeds_1TD.to(self.device)
         self.flow.to(self.device)
         return self
@@ -257,7 +257,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
                     flow_L2HW = flow_B2HW[later].to(device, torch.float32)
                 warped_L3HW = flow_warp(previous_L3HW, flow_L2HW, self.options.warp)
 
-        # 3. Draw the initial latents; embed ARTG's condition and make the linear estimate, which all denoising steps share
+        # 3. Draw the initial latents; make what all denoising steps share
         latents = self._initial_latents(frames_B3hw, states, noise_B4HW)
         condition_L = None
         if self.guidance.artg and warped_L3HW is not None:
