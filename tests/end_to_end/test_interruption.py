@@ -23,17 +23,15 @@ from tests.video_files import picture
 PATIENCE_S = 240.0
 
 
-@pytest.fixture(scope="module")
-def long_film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source whose restoration takes a while."""
+def make_film(path: Path, width: int, height: int, frames: int) -> Path:
+    """Write a source whose restoration takes a while."""
     import av
 
-    path = tmp_path_factory.mktemp("long") / "film.mkv"
     with av.open(str(path), "w") as output:
         stream = output.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
-        for index in range(400):
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(index % 40, 160, 120), format="rgb24")))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(frames):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(index % 40, width, height), format="rgb24")))
         output.mux(stream.encode(None))
     return path
 
@@ -59,11 +57,12 @@ def unfinished(folder: Path) -> Path | None:
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_a_signal_ends_the_job_and_leaves_nothing(
-    long_film: Path, tmp_path: Path, number: signal.Signals, code: int
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
+    film = make_film(tmp_path_factory.mktemp("long") / "film.mkv", 160, 120, 400)
     out = tmp_path / "new" / "out.mkv"
     job = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", "restore", str(long_film), str(out)],
+        [sys.executable, "-m", "jobs.cli", "restore", str(film), str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -104,7 +103,6 @@ def kill_writers(folder: Path, times: int, stop: threading.Event) -> None:
 @pytest.mark.usefixtures("ray_running")
 @pytest.mark.parametrize(("deaths", "code"), [(1, 0), pytest.param(3, 4, marks=pytest.mark.slow)])
 def test_a_row_whose_worker_dies_is_tried_again_but_not_for_ever(
-    long_film: Path,
     videos: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -113,7 +111,7 @@ def test_a_row_whose_worker_dies_is_tried_again_but_not_for_ever(
 ) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    shutil.copy(long_film, source / "long.mkv")
+    make_film(source / "long.mkv", 96, 64, 60)
     shutil.copy(videos["h264_vfr_mp4"], source / "short.mp4")
     stop = threading.Event()
     killer = threading.Thread(target=kill_writers, args=(out, deaths, stop), daemon=True)
@@ -133,7 +131,7 @@ def test_a_row_whose_worker_dies_is_tried_again_but_not_for_ever(
     whole = ["short.mp4", "short.mp4.manifest.json"]
     assert left == (["long.mkv", "long.mkv.manifest.json", *whole] if code == 0 else whole)
     if code == 0:
-        assert probe(out / "long.mkv").width == 640
+        assert probe(out / "long.mkv").width == 384
 
 
 def test_a_run_left_by_a_killed_driver_is_taken_up_again(videos: dict[str, Path], tmp_path: Path) -> None:
