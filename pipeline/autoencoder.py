@@ -197,6 +197,15 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
                 features.append(x)
         return features[::-1]
 
+    @torch.no_grad()
+    def silence_temporal(self) -> None:
+        """Make every TPM add exactly nothing, as ARTG's zero convolutions do: stage 2 then starts from no harm."""
+        for module in self.decoder.modules():
+            if isinstance(module, TemporalBlock):
+                last = cast(nn.Conv1d, module.temporal_processor[2])
+                last.weight.zero_()
+                cast(nn.Parameter, last.bias).zero_()
+
     def temporal_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the decoder's TPMs: what stage 2 trains."""
         return [p for name, p in self.decoder.named_parameters() if "alpha" in name or "temporal_processor" in name]
