@@ -51,6 +51,7 @@ class TrainConfig(BaseModel):
         train_decoder: stage 1 trains the decoder too (without its TPMs), at half the learning rate.
         perceptual_from, gan_from: share of the run after which these losses join.
         workers: processes that prepare batches ahead; 0 prepares them between iterations.
+        truth_share: share of stage-2 batches with ground-truth latents and previous pictures (paper: all).
         perceptual_side: side of the square on which the perceptual loss looks; 0 = the whole crop.
     """
 
@@ -91,6 +92,7 @@ class TrainConfig(BaseModel):
     gan_from: float = Field(default=0.3, ge=0, le=1)
     discriminator_rate: float = 4e-4
     temporal: float = 4.0
+    truth_share: float = Field(default=0.5, ge=0, le=1)
     regulariser: float = 0.01
     latent_noise: float = 0.1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -232,14 +234,14 @@ class Objective:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """TPM: the decoder sees features of the warped previous frame; everything else is frozen.
 
-        The paper feeds ground-truth latents. Half of the batches here feed the U-Net's own latents, which is what the
-        TPMs meet later; the previous picture is likewise ground truth or restored.
+        The paper feeds ground-truth latents and pictures; `truth_share` of the batches do here. The others feed what
+        the TPMs meet later: the U-Net's own latents, and the restored previous picture.
         """
         vae = self.restorer.vae
         with torch.no_grad():
             latents = [vae.encode(hr[:, t]) for t in range(2)]
             previous = hr[:, 0]
-            if rng.random() < 0.5:
+            if rng.random() >= self.config.truth_share:
                 schedule = self.draw_schedule(rng)
                 results = [
                     self.restorer.rollout(lr[:, t], self.draw_noise(latents[t], rng), schedule) for t in range(2)
