@@ -132,11 +132,3 @@ def test_a_row_whose_worker_dies_is_tried_again_but_not_for_ever(
     assert left == (["long.mkv", "long.mkv.manifest.json", *whole] if code == 0 else whole)
     if code == 0:
         assert probe(out / "long.mkv").width == 384
-
-
-def test_a_run_left_by_a_killed_driver_is_taken_up_again(videos: dict[str, Path], tmp_path: Path) -> None:
-    left = tmp_path / "out.mp4.upriver" / "0123456789abcdef"
-    left.mkdir(parents=True)
-    (left / "000000.mp4").write_bytes(b"half")
-    assert main(["restore", str(videos["h264_vfr_mp4"]), str(tmp_path / "out.mp4"), "--json"]) == 0
-    assert sorted(os.listdir(tmp_path)) == ["out.mp4", "out.mp4.manifest.json"]
