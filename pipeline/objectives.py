@@ -141,7 +141,12 @@ class Objective:
             groups = [(net.vae.temporal_parameters(), 1.0)]
         else:
             assert net.controlnet is not None
-            groups = [(net.controlnet.parameters(), 1.0)]
+            zeros = [
+                *net.controlnet.controlnet_down_blocks.parameters(),
+                *net.controlnet.controlnet_mid_block.parameters(),
+            ]
+            known = {id(p) for p in zeros}
+            groups = [([p for p in net.controlnet.parameters() if id(p) not in known], 1.0), (zeros, 5.0)]
         result: list[dict[str, object]] = []
         for parameters, ratio in groups:
             chosen = [p.requires_grad_(True) for p in parameters]

@@ -131,8 +131,13 @@ class Restorer(nn.Module):
         return cls(unet, vae, scheduler)
 
     def add_guidance(self, conditioning: tuple[int, ...]) -> None:
-        """Add ARTG as a ControlNet copied from the U-Net's encoder; its zero convolutions make it a no-op at first."""
+        """Add ARTG as a ControlNet copied from the U-Net's encoder; its zero convolutions make it a no-op at first.
+
+        Only those at its outputs are zero. The one at the end of its conditioning embedding, zero as well in the usual
+        start, would keep every gradient from the embedding until the others have moved.
+        """
         self.controlnet = ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=conditioning)
+        nn.init.kaiming_normal_(self.controlnet.controlnet_cond_embedding.conv_out.weight, nonlinearity="linear")
 
     def rollout(
         self,
