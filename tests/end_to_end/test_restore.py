@@ -96,11 +96,12 @@ def test_the_state_is_forgotten_at_a_cut(restore: Any, tmp_path: Path) -> None:
     from tests.video_files import picture
 
     film = tmp_path / "film.mkv"
+    checks_HWC = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(film), "w") as output:
         stream = output.add_stream("ffv1", rate=25)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv444p"
         for index in range(12):
-            rgb_HWC = picture(index) if index < 6 else 255 - picture(index)[::-1, ::-1]
+            rgb_HWC = picture(index) if index < 6 else np.roll(checks_HWC, index, axis=1)
             output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb_HWC), format="rgb24")))
         output.mux(stream.encode(None))
     lossless = ("--codec", "ffv1", "--pix-fmt", "yuv444p")
