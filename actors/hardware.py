@@ -42,7 +42,7 @@ def choose_device(wanted: str) -> str:
 def choose_dtype(wanted: str, device: str) -> torch.dtype:
     """Return the number format; `auto` is bf16 where the hardware multiplies in it, otherwise fp32.
 
-    AVX512-BF16 alone does not count: there, with the built-in model, a bf16 step takes 1.4 times as long as one in fp32.
+    AVX512-BF16 alone does not count: there a bf16 step of the built-in model takes 1.4 times as long as one in fp32.
     """
     import torch
 
