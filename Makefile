@@ -2,6 +2,7 @@
 # make test       everything that takes less than about ten seconds a test
 # make test-all   the slow tests too
 # make lint       style, types and the layer rules
+# make picture    make the demonstration and cut the readme's picture out of it
 # make docs       write docs/reference/cli.md from the commands
 #
 # Every target makes its own virtual environment first and only once. To use another place, Python or build of torch:
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 STAMPS := $(VENV)/.upriver
 
-.PHONY: help venv demo test test-all lint format docs clean
+.PHONY: help venv demo picture test test-all lint format docs clean
 
 help:  ## say what there is
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -66,6 +67,9 @@ demo: $(STAMPS)/app
 	  --compare --truth tests/data/walk_hr.mp4 --overwrite
 	$(BIN)/upriver verify tests/data/walk_lr.mp4 $(OUT)/demo/restored.mp4
 	@echo "Look at:"; ls -1 $(OUT)/demo/*
+
+picture: demo
+	$(BIN)/python docs/readme_strip.py $(OUT)/demo/restored.compare.png docs/models/readme_strip.png
 
 test: $(STAMPS)/dev
 	$(BIN)/python -m pytest -m "not slow" --durations=15 $(PYTEST_ARGS)
