@@ -93,6 +93,8 @@ def _averages(clips: Sequence[dict[str, Any]], label: str) -> list[str]:
     rows = []
     for method in methods:
         scores = [clip["scores"][label][method] for clip in clips if method in clip["scores"][label]]
+        if len(scores) < len(clips):  # measured on some clips only: a mean beside means of all would mislead
+            continue
         rows.append([method, *(_cell(average(s[field] for s in scores), digits) for field, _, digits in _COLUMNS)])
     return _table(["method", *(heading for _, heading, _ in _COLUMNS)], rows)
 
