@@ -24,16 +24,27 @@ from torch import Tensor, nn
 TPM_POOL = 4  # a TPM sees its features averaged over 4x4 windows
 TPM_STRENGTH = 0.1  # fixed weight of the fused features in the block's sum
 
+TemporalFusion = Literal["pooled", "joint"]
+
 
 class TemporalBlock(nn.Module):
     """Residual block of three convolutions with a Temporal Processor Module.
 
     The names ``conv``, ``alpha`` and ``temporal_processor`` are those of the published weights. Blocks of the encoder
     carry a TPM there as well, although it is never used; `temporal=False` leaves it out.
+
+    Args:
+        channels: width of the block.
+        temporal: whether it has a TPM.
+        fusion: ``"pooled"`` is the published TPM: 4x4 means of both frames' features, mixed by 1-D convolutions that
+            see each frame alone (except at one seam). It can move colours, not detail. ``"joint"`` looks at both
+            frames' features of every place at full size, so that it can take the detail that was there before and
+            can tell where the previous frame does not fit.
     """
 
-    def __init__(self, channels: int, temporal: bool = True) -> None:
+    def __init__(self, channels: int, temporal: bool = True, fusion: TemporalFusion = "pooled") -> None:
         super().__init__()
+        self.fusion = fusion
         # in place: at output size, every new tensor costs as much in fresh memory as in arithmetic
         self.conv = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1),
@@ -42,7 +53,11 @@ class TemporalBlock(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
-        if temporal:
+        if temporal and fusion == "joint":
+            self.temporal_processor = nn.Sequential(
+                nn.Conv2d(2 * channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1)
+            )
+        elif temporal:
             self.alpha = nn.Parameter(torch.tensor(0.5))
             first, second = (nn.Conv1d(channels, channels, 3, padding=1) for _ in range(2))
             for convolution in (first, second):
@@ -53,12 +68,14 @@ class TemporalBlock(nn.Module):
     def forward(self, x_BCHW: Tensor, previous_BCHW: Tensor | None = None) -> Tensor:
         """Return the block's output; `previous_BCHW` are the same block's features of the warped previous output."""
         y_BCHW = self.conv(x_BCHW)
-        if previous_BCHW is not None:
+        if previous_BCHW is not None and self.fusion == "joint":
+            y_BCHW = y_BCHW + self.temporal_processor(torch.cat([y_BCHW + x_BCHW, previous_BCHW], dim=1))
+        elif previous_BCHW is not None:
             y_BCHW = torch.add(y_BCHW, self.fuse(y_BCHW, previous_BCHW), alpha=TPM_STRENGTH)
         return F.relu(y_BCHW.add_(x_BCHW), inplace=True)
 
     def fuse(self, current_BCHW: Tensor, previous_BCHW: Tensor) -> Tensor:
-        """Mix pooled current and previous features as one token sequence; return them at the current size (B,C,H,W)."""
+        """Published TPM: mix pooled features of both frames as one token sequence; returned at the current size."""
         current = F.avg_pool2d(current_BCHW, TPM_POOL)
         previous = F.avg_pool2d(previous_BCHW, TPM_POOL)
         tokens_BCL = torch.cat([current.flatten(2), previous.flatten(2)], dim=2)
@@ -92,6 +109,7 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
             (a "sample" prediction). A small U-Net then learns only what a convolution cannot know. Off in published
             checkpoints.
         encoder_temporal: whether encoder blocks carry (unused) TPM weights, as the published files do.
+        temporal_fusion: form of the decoder's TPMs, see `TemporalBlock`; published checkpoints have ``"pooled"``.
 
     The remaining fields are those of the published ``vae/config.json``. Raises ValueError where encoder and decoder do
     not mirror each other.
@@ -122,6 +140,7 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
         temporal_input: Literal["raw", "unit"] = "raw",
         encoder_temporal: bool = True,
         lr_skip: bool = False,
+        temporal_fusion: TemporalFusion = "pooled",
     ) -> None:
         super().__init__()
         widths = tuple(reversed(decoder_block_out_channels))
@@ -153,7 +172,7 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
         decoder: list[nn.Module] = [nn.Conv2d(latent_channels, decoder_block_out_channels[0], 3, padding=1), nn.ReLU()]
         last = len(decoder_block_out_channels) - 1
         for stage, (width, blocks) in enumerate(zip(decoder_block_out_channels, num_decoder_blocks, strict=True)):
-            decoder += [TemporalBlock(width) for _ in range(blocks)]
+            decoder += [TemporalBlock(width, fusion=temporal_fusion) for _ in range(blocks)]
             if stage < last:
                 decoder.append(nn.Upsample(scale_factor=2, mode="nearest"))
                 decoder.append(nn.Conv2d(width, decoder_block_out_channels[stage + 1], 3, padding=1, bias=False))
@@ -202,7 +221,7 @@ class TemporalAutoencoderTiny(ModelMixin, ConfigMixin):
         """Make every TPM add exactly nothing, as ARTG's zero convolutions do: stage 2 then starts from no harm."""
         for module in self.decoder.modules():
             if isinstance(module, TemporalBlock):
-                last = cast(nn.Conv1d, module.temporal_processor[2])
+                last = cast(nn.Conv1d | nn.Conv2d, module.temporal_processor[2])
                 last.weight.zero_()
                 cast(nn.Parameter, last.bias).zero_()
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from pipeline.autoencoder import TemporalFusion
 from pipeline.losses import (
     PatchDiscriminator,
     PerceptualLoss,
@@ -52,6 +53,8 @@ class TrainConfig(BaseModel):
         perceptual_from, gan_from: share of the run after which these losses join.
         workers: processes that prepare batches ahead; 0 prepares them between iterations.
         truth_share: share of stage-2 batches with ground-truth latents and previous pictures (paper: all).
+        temporal_fusion: stage 2 replaces TPMs of another form by fresh ones of this form; None keeps the model's.
+        flow_jitter: largest deviation, in pixels, of the smooth error added to the flow of guided frames.
         perceptual_side: side of the square on which the perceptual loss looks; 0 = the whole crop.
     """
 
@@ -93,6 +96,8 @@ class TrainConfig(BaseModel):
     discriminator_rate: float = 4e-4
     temporal: float = 4.0
     truth_share: float = Field(default=0.5, ge=0, le=1)
+    temporal_fusion: TemporalFusion | None = None
+    flow_jitter: float = Field(default=0.0, ge=0)
     regulariser: float = 0.01
     latent_noise: float = 0.1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -240,23 +245,44 @@ class Objective:
         """TPM: the decoder sees features of the warped previous frame; everything else is frozen.
 
         The paper feeds ground-truth latents and pictures; `truth_share` of the batches do here. The others feed what
-        the TPMs meet later: the U-Net's own latents, and the restored previous picture.
+        the TPMs meet later: the U-Net's own latents (guided by ARTG if the model has it), and the previous output of
+        this very decoder, frame after frame. Gradients stop between frames.
         """
-        vae = self.restorer.vae
+        net, vae = self.restorer, self.restorer.vae
+        truth = rng.random() < self.config.truth_share
+        schedule = self.draw_schedule(rng)
         with torch.no_grad():
-            latents = [vae.encode(hr[:, t]) for t in range(2)]
-            previous = hr[:, 0]
-            if rng.random() >= self.config.truth_share:
-                schedule = self.draw_schedule(rng)
-                results = [
-                    self.restorer.rollout(lr[:, t], self.draw_noise(latents[t], rng), schedule) for t in range(2)
-                ]
-                latents, previous = [r.latent_BChw for r in results], results[0].output_B3HW
-            features = vae.encode_temporal(warp_previous(previous, flow[:, 0]))
-        output = vae.decode(latents[1], features)
-        losses = self.picture_losses(output, hr[:, 1], progress)
-        losses["temporal"] = self.config.temporal * temporal_loss(output, previous, hr[:, 1], hr[:, 0], flow[:, 0])
-        return losses, output
+            latents = vae.encode(hr.flatten(0, 1)).unflatten(0, hr.shape[:2])
+            shared = self.draw_noise(latents[:, 0], rng)
+            previous = hr[:, 0] if truth else net.rollout(lr[:, 0], shared, schedule).output_B3HW
+        total: dict[str, Tensor] = {}
+        output = previous
+        for t in range(1, hr.shape[1]):
+            with torch.no_grad():
+                warped = warp_previous(previous, self.disturb(flow[:, t - 1], rng))
+                latent = latents[:, t] if truth else net.denoise(lr[:, t], shared, schedule, warped)
+                features = vae.encode_temporal(warped)
+            output = vae.decode(latent, features)
+            losses = self.picture_losses(output, hr[:, t], progress)
+            losses["temporal"] = self.config.temporal * temporal_loss(
+                output, previous, hr[:, t], hr[:, t - 1], flow[:, t - 1]
+            )
+            for name, value in losses.items():
+                total[name] = total.get(name, torch.zeros((), device=value.device)) + value / (hr.shape[1] - 1)
+            previous = hr[:, t] if truth else output.detach()
+        return total, output
+
+    def disturb(self, flow_B2SS: Tensor, rng: np.random.Generator) -> Tensor:
+        """Add smooth random displacements of up to `flow_jitter` pixels (deviation, drawn per batch).
+
+        Flow that is estimated from low-resolution frames is never as exact as that of a simulated camera.
+        """
+        if not self.config.flow_jitter:
+            return flow_B2SS
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        coarse = torch.randn(len(flow_B2SS), 2, *(side // 16 + 1 for side in flow_B2SS.shape[2:]), generator=generator)
+        smooth = F.interpolate(coarse.to(flow_B2SS), size=flow_B2SS.shape[2:], mode="bicubic")
+        return flow_B2SS + float(rng.uniform(0, self.config.flow_jitter)) * smooth
 
     def _stage3(
         self, hr: Tensor, lr: Tensor, flow: Tensor, progress: float, rng: np.random.Generator
@@ -274,7 +300,7 @@ class Objective:
         total: dict[str, Tensor] = {}
         outputs = []
         for t in range(1, hr.shape[1]):
-            warped = warp_previous(previous, flow[:, t - 1])
+            warped = warp_previous(previous, self.disturb(flow[:, t - 1], rng))
             denoised, output = self.restorer(lr[:, t], shared, schedule, warped)
             losses = {"latent": self.config.latent * F.mse_loss(denoised, latents[:, t])}
             losses |= self.picture_losses(output, hr[:, t], progress)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.autoencoder import TemporalAutoencoderTiny
+from pipeline.autoencoder import TemporalAutoencoderTiny, TemporalFusion
 from pipeline.guidance import flow_warp
 from pipeline.schedule import FINAL, ddim_step
 
@@ -36,6 +36,7 @@ class ModelSize(BaseModel):
         conditioning: widths of ARTG's embedding; every entry after the first halves the size, so 4x needs three.
         autoencoder: widths at full, half and quarter resolution.
         encoder_blocks: residual blocks at these resolutions; the decoder mirrors them.
+        temporal_fusion: form of the decoder's TPMs, see `pipeline.autoencoder.TemporalBlock`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +47,7 @@ class ModelSize(BaseModel):
     autoencoder: tuple[int, int, int] = (16, 32, 48)
     encoder_blocks: tuple[int, int, int] = (1, 1, 2)
     latent_channels: int = 4
+    temporal_fusion: TemporalFusion = "joint"
 
 
 SIZES = {
@@ -114,6 +116,7 @@ class Restorer(nn.Module):
             temporal_input="unit",
             lr_skip=True,
             encoder_temporal=False,
+            temporal_fusion=size.temporal_fusion,
         )
         nn.init.zeros_(unet.conv_out.weight)  # the first prediction is the linear estimate alone
         nn.init.zeros_(unet.conv_out.bias)
@@ -139,23 +142,25 @@ class Restorer(nn.Module):
         self.controlnet = ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=conditioning)
         nn.init.kaiming_normal_(self.controlnet.controlnet_cond_embedding.conv_out.weight, nonlinearity="linear")
 
-    def rollout(
-        self,
-        lr_B3hw: Tensor,
-        noise_BChw: Tensor,
-        timesteps: tuple[int, ...],
-        warped_B3HW: Tensor | None = None,
-        *,
-        artg: bool = True,
-        tpm: bool = True,
-    ) -> RolloutResult:
-        """Denoise `noise_BChw` over `timesteps` and decode, with guidance by the warped previous output if given."""
+    def replace_temporal(self, fusion: TemporalFusion) -> None:
+        """Give the decoder fresh TPMs of another form; every other weight stays, and stage 2 begins anew."""
+        old = self.vae
+        self.vae = TemporalAutoencoderTiny.from_config(old.config, temporal_fusion=fusion)
+        kept = {k: v for k, v in old.state_dict().items() if "temporal_processor" not in k and "alpha" not in k}
+        self.vae.load_state_dict(self.vae.state_dict() | kept)
+        self.size = _size_of(self.unet, self.vae)
+        self.history.pop("stage2", None)
+
+    def denoise(
+        self, lr_B3hw: Tensor, noise_BChw: Tensor, timesteps: tuple[int, ...], warped_B3HW: Tensor | None = None
+    ) -> Tensor:
+        """Denoise `noise_BChw` over `timesteps`, guided by ARTG where it and `warped_B3HW` are there -> (B,C,h,w)."""
         z = noise_BChw
         prompt = z.new_zeros(len(z), 1, self.unet.config.cross_attention_dim)
         embedding = None
         skip = self.vae.lr_projection
         estimate = skip(lr_B3hw) if skip is not None else None
-        if warped_B3HW is not None and artg and self.controlnet is not None:
+        if warped_B3HW is not None and self.controlnet is not None:
             embedding = self.controlnet.controlnet_cond_embedding(warped_B3HW)
         for index, t in enumerate(timesteps):
             x = torch.cat([z, lr_B3hw], dim=1)
@@ -169,7 +174,20 @@ class Restorer(nn.Module):
                 prediction = prediction + estimate
             following = timesteps[index + 1] if index + 1 < len(timesteps) else FINAL
             z = ddim_step(self.scheduler, prediction, z, [t] * len(z), [following] * len(z))
-        latent = z / self.vae.config.scaling_factor
+        return z / self.vae.config.scaling_factor
+
+    def rollout(
+        self,
+        lr_B3hw: Tensor,
+        noise_BChw: Tensor,
+        timesteps: tuple[int, ...],
+        warped_B3HW: Tensor | None = None,
+        *,
+        artg: bool = True,
+        tpm: bool = True,
+    ) -> RolloutResult:
+        """Denoise and decode, with guidance by the warped previous output if given."""
+        latent = self.denoise(lr_B3hw, noise_BChw, timesteps, warped_B3HW if artg else None)
         features = self.vae.encode_temporal(warped_B3HW) if warped_B3HW is not None and tpm else None
         return RolloutResult(latent, self.vae.decode(latent, features))
 
@@ -248,6 +266,7 @@ def _size_of(unet: UNet2DConditionModel, vae: TemporalAutoencoderTiny) -> ModelS
         autoencoder=tuple(vae.config.encoder_block_out_channels),
         encoder_blocks=tuple(vae.config.num_encoder_blocks),
         latent_channels=vae.config.latent_channels,
+        temporal_fusion=vae.config.temporal_fusion,
     )
 
 

@@ -161,8 +161,12 @@ class Trainer:
             draw = self.data.batches(config.seed, batch=64, frames=1, side=96, severity=config.severity, clip_share=0.2)
             hr, lr, _ = next(draw)
             fit_projection(restorer.vae.lr_projection, lr[:, 0], restorer.vae.encode(hr[:, 0]).detach())
-        if config.stage == "stage2" and "stage2" not in restorer.history:
-            restorer.vae.silence_temporal()
+        if config.stage == "stage2":
+            fresh = config.temporal_fusion not in (None, restorer.vae.config.temporal_fusion)
+            if fresh:
+                restorer.replace_temporal(config.temporal_fusion)
+            if fresh or "stage2" not in restorer.history:
+                restorer.vae.silence_temporal()
         if config.stage == "stage3" and restorer.controlnet is None:
             restorer.add_guidance(restorer.size.conditioning)
         return restorer

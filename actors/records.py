@@ -1,0 +1,92 @@
+"""What passes between a restore job and its actors, and what they leave in the work area: plain values, one meaning each.
+
+Knows no files and no cluster. A *place* is a local path or an `s3://` URL; a *segment* is a closed piece of encoded
+video that starts with a key frame; a *record* is the small JSON file beside a segment that makes it count: it is
+written last, so a segment without one does not exist.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from pydantic import BaseModel, ConfigDict
+
+
+class RowOptions(TypedDict):
+    """How one video is to be restored."""
+
+    steps: int | None
+    scale: int
+    height: int | None
+    codec: str | None
+    crf: int | None
+    preset: str
+    pix_fmt: str
+
+
+class Row(TypedDict):
+    """One causal task as it travels to an actor: one shot of one video.
+
+    The stream's state is fresh at its first frame, so that it needs nothing from the shots before it.
+    """
+
+    row_id: str  # f"{video_id}-{shot:05d}"
+    video_id: str  # the video's run id: 16 hexadecimal digits of source, model and options
+    name: str  # of the video, for people
+    source: str  # place
+    source_version: str
+    destination: str  # place of the result; its ending names the container
+    segments: str  # place below which this video's segments and their records lie
+    states: str  # place below which its stream states lie
+    shot: int  # number of the shot in the video
+    first_index: int  # zero-based number of its first frame in the video
+    frames: int  # exact number of frames
+    start_pts: int  # first time stamp, in units of the stream's time base
+    stop_pts: int  # time stamp to stop before; -1 to the end of the video
+    deinterlace: str  # "on" or "off": decided by the plan
+    segment_frames: int  # frames of every segment but the shot's last one
+    width: int  # of the source
+    height: int
+    seed: int
+    cost: float  # frames x pixels: only its order counts
+    options: str  # JSON of RowOptions
+
+
+class SegmentRecord(BaseModel):
+    """A finished segment. `first_index` counts frames of the video; time stamps are in its stream's time base.
+
+    Attributes:
+        name: of the segment's file, below the video's `segments`.
+        state: name of the StreamState to go on from after this segment, below `states`; None after a shot's last one.
+        damage, warnings: sentences for people about this stretch.
+        seconds: where the time went: decode wait, model, encode wait, upload.
+        device, dtype, flow: what the model ran on and with.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    shot: int
+    number: int
+    first_index: int
+    frames: int
+    first_pts: int
+    last_pts: int
+    width: int
+    height: int
+    size_bytes: int
+    sha256: str
+    state: str | None
+    state_sha256: str | None
+    damage: list[str]
+    warnings: list[str]
+    seconds: dict[str, float]
+    device: str
+    dtype: str
+    flow: str
+    host: str
+    finished_at: str
+
+
+def segment_stem(shot: int, number: int) -> str:
+    """Return the name, without ending, of a segment; sorted by name they are in the order of the film."""
+    return f"{shot:05d}-{number:06d}"

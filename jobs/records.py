@@ -1,0 +1,134 @@
+"""What a restore job keeps in its work area, so that anybody who can read it knows how far the job is.
+
+    <work area>/job.json                         JobRecord: written when the job starts and when it ends
+    <work area>/progress.json                    Progress: rewritten every few seconds
+    <work area>/ledger.jsonl                     LedgerRecord, one a line: every failed attempt
+    <work area>/videos/<run id>/plan.json        VideoPlan
+    <work area>/videos/<run id>/segments/        segments and their records (actors.records.SegmentRecord)
+    <work area>/videos/<run id>/states/          stream states to go on from
+
+The work area is `DST.upriver/<job id>/` beside a file, and `DST/.upriver/<job id>/` inside a folder or prefix. The job
+id is a hash of model and options, the run id of one video's source besides: the same command finds what it left.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from actors.records import RowOptions
+
+JOB, PROGRESS, LEDGER, PLAN = "job.json", "progress.json", "ledger.jsonl", "plan.json"
+VIDEOS, SEGMENTS, STATES = "videos", "segments", "states"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Shot(_Record):
+    """One shot: `frames` frames from number `first_index` on, with start_pts <= pts < stop_pts (-1: to the end)."""
+
+    number: int
+    first_index: int
+    frames: int
+    start_pts: int
+    stop_pts: int
+
+
+class VideoPlan(_Record):
+    """What will be done to one video.
+
+    Attributes:
+        run_id: of this video. name: path below SRC, or the file's name.
+        source_version: etag, or size and modification time.
+        width, height: of the source as coded. out_width, out_height: of the result.
+        frames: exact number. duration_s: last time stamp plus one frame, less the first.
+        average_rate, time_base: as fractions, "25/1".
+        deinterlace: what `auto` came to. damage: what was noticed while every picture was decoded once.
+        priority: videos of a higher one start first.
+    """
+
+    run_id: str
+    name: str
+    source: str
+    source_version: str
+    size_bytes: int
+    destination: str
+    width: int
+    height: int
+    out_width: int
+    out_height: int
+    frames: int
+    duration_s: float
+    average_rate: str
+    time_base: str
+    codec: str
+    deinterlace: Literal["on", "off"]
+    segment_frames: int
+    shots: list[Shot]
+    seed: int
+    priority: int
+    options: RowOptions
+    damage: list[str]
+    warnings: list[str]
+
+
+class JobRecord(_Record):
+    """The job as a whole. `videos` maps names to run ids; `skipped` were finished before."""
+
+    job_id: str
+    source: str
+    destination: str
+    state: Literal["planning", "running", "finished", "failed", "interrupted", "cancelled"]
+    model: str
+    model_sha256: str
+    settings: dict[str, object]
+    videos: dict[str, str]
+    skipped: list[str]
+    started_at: str
+    ended_at: str | None
+    exit_code: int | None
+    host: str
+    pid: int
+    versions: dict[str, str]
+
+
+class Progress(_Record):
+    """How far the job is now.
+
+    Attributes:
+        done, failed: names of videos. running: frames done of each video that is being restored.
+        frames_done counts frames restored by this run; frames_total, frames_left are of the whole job.
+        history: (seconds since start, frames_done), thinned to at most 500 points.
+    """
+
+    updated_at: str
+    elapsed_s: float
+    actors: int
+    videos_total: int
+    done: list[str]
+    failed: list[str]
+    running: dict[str, int]
+    frames_total: int
+    frames_left: int
+    frames_done: int
+    history: list[tuple[float, int]]
+
+
+class LedgerRecord(_Record):
+    """One failed attempt. `failure_class` is one of actors.errors.FailureClass; `shot` None: the video as a whole."""
+
+    time: str
+    name: str
+    run_id: str | None
+    shot: int | None
+    attempt: int
+    final: bool
+    host: str
+    seconds: float
+    failure_class: str
+    code: str
+    message: str
+    remedy: str
