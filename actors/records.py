@@ -1,4 +1,4 @@
-"""What passes between a restore job and its actors, and what they leave in the work area: plain values, one meaning each.
+"""What passes between a restore job and its actors, and what they leave in the work area: plain values.
 
 Knows no files and no cluster. A *place* is a local path or an `s3://` URL; a *segment* is a closed piece of encoded
 video that starts with a key frame; a *record* is the small JSON file beside a segment that makes it count: it is
