@@ -162,9 +162,10 @@ class Trainer:
             hr, lr, _ = next(draw)
             fit_projection(restorer.vae.lr_projection, lr[:, 0], restorer.vae.encode(hr[:, 0]).detach())
         if config.stage == "stage2":
-            fresh = config.temporal_fusion not in (None, restorer.vae.config.temporal_fusion)
+            wanted = config.temporal_fusion or restorer.vae.config.temporal_fusion
+            fresh = wanted != restorer.vae.config.temporal_fusion
             if fresh:
-                restorer.replace_temporal(config.temporal_fusion)
+                restorer.replace_temporal(wanted)
             if fresh or "stage2" not in restorer.history:
                 restorer.vae.silence_temporal()
         if config.stage == "stage3" and restorer.controlnet is None:

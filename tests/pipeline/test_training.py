@@ -141,6 +141,38 @@ def test_a_stage_moves_only_its_own_weights(
         assert not any("temporal_processor" in name for name in changed)
 
 
+def test_stage_two_feeds_the_decoder_its_own_previous_outputs(photographs: Path, model: Path, tmp_path: Path) -> None:
+    """How the second frame is restored changes the third: TPMs meet in training what they meet at work."""
+    run = config(
+        "stage2", photographs, tmp_path / "run", init=model, frames=3, truth_share=0.0, temporal_fusion="joint"
+    )
+    objective = Trainer(run).objective
+    hr, lr, flow = next(TrainingData([photographs]).batches(0, batch=1, frames=3, side=64, severity=0, clip_share=0))
+    block = objective.restorer.vae.decoder.layers[-2]
+    torch.nn.init.normal_(block.temporal_processor[2].weight, std=0.3, generator=torch.Generator().manual_seed(0))
+
+    def last(lr_BT3ss: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return objective.losses(hr, lr_BT3ss, flow, 0.0, np.random.default_rng(0))[1]
+
+    changed = lr.clone()
+    changed[:, 1] += 0.5
+    assert (last(changed) - last(lr)).abs().max() > 1e-3
+    objective.config.truth_share = 1.0  # then only ground truth is looked at, and the low-resolution frames are not
+    assert torch.equal(last(changed), last(lr))
+
+
+def test_disturbed_flow_is_smooth_repeatable_and_bounded(photographs: Path, model: Path, tmp_path: Path) -> None:
+    trainer = Trainer(config("stage2", photographs, tmp_path / "run", init=model, flow_jitter=2.0))
+    flow = torch.zeros(2, 2, 64, 64)
+    first = trainer.objective.disturb(flow, np.random.default_rng(1))
+    assert torch.equal(first, trainer.objective.disturb(flow, np.random.default_rng(1)))
+    assert 0 < first.std() < 2.5
+    assert first.diff(dim=3).abs().max() < 0.6 * first.abs().max()
+    still = Trainer(config("stage2", photographs, tmp_path / "still", init=model))
+    assert still.objective.disturb(flow, np.random.default_rng(1)) is flow
+
+
 def test_random_timestep_objective_trains_the_unet(photographs: Path, model: Path, tmp_path: Path) -> None:
     run = config("stage1", photographs, tmp_path / "run", init=model, objective="random-timestep", train_decoder=False)
     trainer = no_validation(Trainer(run))
