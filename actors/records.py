@@ -7,9 +7,8 @@ written last, so a segment without one does not exist.
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 from pydantic import BaseModel, ConfigDict
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 
 class RowOptions(TypedDict):

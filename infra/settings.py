@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     pix_fmt: PixelFormat = Field(default="auto", description="pixel format; auto: as close to the source as possible")
     deinterlace: Literal["auto", "on", "off"] = Field(default="auto", description="deinterlace before restoring")
     cuts: bool = Field(default=True, description="start the stream's memory afresh at each cut")
+    segment_seconds: float = Field(
+        default=10.0, gt=0, le=3600, description="length of a segment: what a crash can cost at most, in film time"
+    )
     actors: int | None = Field(default=None, ge=1, le=4096, description="workers; none: one per GPU, or one on the CPU")
     gpus_per_actor: float | None = Field(default=None, ge=0, le=8, description="none: 1 where there is a GPU, else 0")
     threads: int | None = Field(

@@ -1,303 +1,235 @@
-"""What a restore job will do: which videos, into which files, in which order. Nothing is written while planning.
+"""What a restore job will do to each video: every picture is decoded once, its shots found, its frames counted.
 
-A row is one causal task. For now that is one whole video, from its first frame; the row already names its place in the
-source (`first_index`, `frames`, time stamps), so that a shot of a video can become a row without changing its readers.
+A plan depends on source, model and options alone, so that it can be made on any machine and kept. The rows made of it
+are causal tasks: a shot needs nothing from those before it. Nothing is written here, and nothing is restored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, TypedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal
 
 from actors.errors import Failure, describe_failure
+from actors.records import Row, RowOptions
 from infra.settings import Settings
-from infra.storage import storage_for
-from jobs.errors import NoInputError, UsageError
-from jobs.manifest import manifest_place
+from jobs.records import Shot, VideoPlan
+from jobs.sources import Item
 
-VIDEO_SUFFIXES = frozenset(
-    {
-        *(".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4"),
-        *(".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
-    }
-)
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-FALLBACK_SUFFIX = ".mkv"  # for sources in a container that is not written; it carries nearly everything
-WORK_SUFFIX = ".upriver"
+# Grows with every change that makes other shots or segments of the same source: older work is then not gone on with.
+PLAN_VERSION = 2
 
 
-class Row(TypedDict):
-    """One causal task as it travels to an actor: plain values only."""
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """Everything but source and model that a video's plan depends on.
 
-    row_id: str
-    source: str
-    destination: str
-    work_file: str
-    first_index: int  # zero-based number of the first frame in the source
-    frames: int  # estimate of the number of frames; -1 when the container does not say
-    pts_start: int  # first time stamp in units of the stream's time base; -1 from the beginning
-    pts_end: int  # time stamp to stop before; -1 to the end
-    width: int
-    height: int
-    size_bytes: int
-    source_version: str
+    Attributes:
+        row: how it is to be restored.
+        seed: of the noise. numerics: what else changes pixels: number format and motion estimator.
+        segment_seconds: length of a segment.
+        deinterlace, cuts: as in the settings. max_pixels: largest frame accepted.
+    """
+
+    row: RowOptions
     seed: int
-    options: str  # JSON of RowOptions
-
-
-class RowOptions(TypedDict):
-    """How one row is to be restored."""
-
-    steps: int | None
-    scale: int
-    height: int | None
-    codec: str | None
-    crf: int | None
-    preset: str
-    pix_fmt: str
-    deinterlace: str
+    numerics: str
+    segment_seconds: float
+    deinterlace: Literal["auto", "on", "off"]
     cuts: bool
-    compare: bool
-    truth: str | None
+    max_pixels: int
+
+    def for_item(self, item: Item) -> PlanOptions:
+        """Return the options with those that `item` has of its own."""
+        own = dict(item.overrides)
+        changed: dict[str, Any] = {name: own.pop(name) for name in ("seed", "deinterlace", "cuts") if name in own}
+        if "scale" in own and "height" not in own:
+            own["height"] = None  # a scale of its own beats the job's height
+        return replace(self, row=RowOptions(**{**self.row, **own}), **changed)  # type: ignore[typeddict-item]  # checked
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One source and where its result goes; `name` is the path below SRC, or the file's name.
-
-    `version` changes when the source may have changed; for a folder of pictures it covers all of them.
-    """
-
-    source: str
-    destination: str
-    name: str
-    size_bytes: int
-    version: str
-
-
-@dataclass(frozen=True, slots=True)
-class Probed:
-    """What the container says of an item, or why nothing can be restored from it. `frames` is -1 when unknown."""
-
-    name: str
-    width: int = 0
-    height: int = 0
-    frames: int = -1
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """All sources of a job. `root` is the file or folder that the job writes."""
-
-    items: tuple[Item, ...]
-    root: Path
-    is_folder: bool
-
-
-def select(src: str, dst: str) -> Selection:
-    """Find the sources under `src` and name their destinations under `dst`.
-
-    A file, or a folder that holds pictures and no videos, is one source; another folder stands for all videos under it,
-    at any depth, and its structure is kept. A container that is not written becomes Matroska.
-
-    Raises:
-        NoInputError: `src` does not exist or has no video under it.
-        UsageError: `dst` is `src`, or two sources would become the same file.
-        UnsupportedOutput: `dst` names a container that is not written.
-        StorageError: a place cannot be read, or is of an unsupported kind.
-    """
-    for place in (src, dst):
-        storage_for(place)
-    source, target = Path(src.removeprefix("file://")), Path(dst.removeprefix("file://"))
-    if not source.exists():
-        raise NoInputError(f"{src} does not exist.", code="source-missing", remedy="Check the path.")
-    if _is_same(source, target):
-        raise UsageError(
-            f"Source and destination are the same: {src}.",
-            code="destination-is-source",
-            remedy="Write to another file or folder; a source is never replaced.",
-        )
-    videos = _videos_under(source, target) if source.is_dir() else []
-    if source.is_dir() and not videos and not _has_pictures(source):
-        raise NoInputError(
-            f"The folder {src} has no video under it.",
-            code="source-empty",
-            remedy=f"Known endings: {' '.join(sorted(VIDEO_SUFFIXES))}; or give the file itself.",
-        )
-    if not videos:
-        return _select_one(source, target, dst)
-    if target.is_file():
-        raise UsageError(
-            f"The source is a folder, but the destination {dst} is a file.",
-            code="destination-not-a-folder",
-            remedy="Name a folder to write to.",
-        )
-    return Selection(tuple(_name_results(source, videos, target)), target, True)
-
-
-def _is_same(source: Path, target: Path) -> bool:
-    """Whether both names lead to one file, by symbolic or hard links too."""
-    return source.resolve() == target.resolve() or (target.exists() and source.samefile(target))
-
-
-def _select_one(source: Path, target: Path, dst: str) -> Selection:
-    from pipeline.video import container_for
-
-    is_result = storage_for(dst).stat(manifest_place(str(target))) is not None  # pictures that an earlier run wrote
-    if dst.endswith("/") or (target.is_dir() and any(target.iterdir()) and not is_result):
-        target = target / _result_name(Path(source.name if source.is_file() else f"{source.name}{FALLBACK_SUFFIX}"))
-    elif target.suffix:  # without one it becomes a folder of pictures
-        container_for(target.suffix)
-    if _is_same(source, target):
-        raise UsageError(
-            f"Source and destination are the same: {target}.",
-            code="destination-is-source",
-            remedy="Write to another file or folder; a source is never replaced.",
-        )
-    return Selection((_item(source, target, source.name),), target, False)
-
-
-def _item(source: Path, destination: Path, name: str) -> Item:
-    info = storage_for(str(source)).stat(str(source))
-    return Item(str(source), str(destination), name, info.size_bytes if info else 0, info.version if info else "")
-
-
-def _videos_under(source: Path, target: Path) -> list[Path]:
-    excluded = target.resolve()
-    found = []
-    for info in storage_for(str(source)).list(str(source)):
-        path = Path(info.place)
-        if path.suffix.lower() not in VIDEO_SUFFIXES or _is_work_file(path.relative_to(source)):
-            continue
-        if excluded in path.resolve().parents:  # results of an earlier run below SRC
-            continue
-        found.append(path)
-    return found
-
-
-def _is_work_file(relative: Path) -> bool:
-    return any(part.endswith(WORK_SUFFIX) for part in relative.parts) or relative.name.startswith("._")
-
-
-def _has_pictures(folder: Path) -> bool:
-    return any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.iterdir())
-
-
-def _result_name(source: Path) -> Path:
-    from pipeline.video import CONTAINERS
-
-    return source if source.suffix.lower() in CONTAINERS else source.with_suffix(FALLBACK_SUFFIX)
-
-
-def _name_results(source: Path, videos: Sequence[Path], target: Path) -> list[Item]:
-    by_result: dict[Path, list[Path]] = {}
-    for video in videos:
-        by_result.setdefault(_result_name(video.relative_to(source)), []).append(video)
-    items = []
-    for result, sharing in by_result.items():
-        for video in sharing:
-            relative = video.relative_to(source)
-            if len(sharing) > 1 and relative != result:  # a.avi and a.mpg would both become a.mkv
-                result_here = relative.with_name(f"{relative.name}{FALLBACK_SUFFIX}")
-            else:
-                result_here = result
-            items.append(_item(video, target / result_here, str(relative)))
-    names = [item.destination for item in items]
-    for item in items:
-        if names.count(item.destination) > 1:
-            raise UsageError(
-                f"Two sources would become {item.destination}.",
-                code="destination-collision",
-                remedy="Rename one of the sources.",
-            )
-    return sorted(items, key=lambda item: item.name)
-
-
-def row_options(settings: Settings, *, compare: bool, truth: Path | None) -> RowOptions:
-    """Return the options of a row that the settings and flags ask for."""
-    return RowOptions(
-        steps=settings.steps,
-        scale=settings.scale,
-        height=settings.height,
-        codec=settings.codec,
-        crf=settings.crf,
-        preset=settings.preset,
-        pix_fmt=settings.pix_fmt,
+def plan_options(settings: Settings) -> PlanOptions:
+    """Return what the settings say of plans."""
+    return PlanOptions(
+        row=RowOptions(
+            steps=settings.steps,
+            scale=settings.scale,
+            height=settings.height,
+            codec=settings.codec,
+            crf=settings.crf,
+            preset=settings.preset,
+            pix_fmt=settings.pix_fmt,
+        ),
+        seed=settings.seed,
+        numerics=f"{settings.dtype}/{settings.flow}",
+        segment_seconds=settings.segment_seconds,
         deinterlace=settings.deinterlace,
         cuts=settings.cuts,
-        compare=compare,
-        truth=None if truth is None else str(truth),
+        max_pixels=settings.max_pixels,
     )
 
 
-def run_id(source_version: str, model_sha256: str, seed: int, numerics: str, options: RowOptions) -> str:
-    """Return the name of one video's run: equal for equal source, model and options, different otherwise.
+def run_id(item: Item, options: PlanOptions, model_sha256: str) -> str:
+    """Return the name of one video's run: equal for equal source, model, options and segments, different otherwise.
 
-    `numerics` names what else changes pixels: number format and motion estimator.
+    It is known before the source is decoded. `options` are the job's; those of the item are looked up here.
     """
+    own = options.for_item(item)
     identity = {
-        "source": source_version,
+        "plan": PLAN_VERSION,
+        "source": item.version,
         "model": model_sha256,
-        "seed": seed,
-        "numerics": numerics,
-        "options": dict(options),
-        "plan": 1,
+        "seed": own.seed,
+        "numerics": own.numerics,
+        "options": dict(own.row),
+        "segment_seconds": own.segment_seconds,
+        "deinterlace": own.deinterlace,
+        "cuts": own.cuts,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def plan_row(item: Item, probed: Probed, number: int, work_file: Path, seed: int, options: RowOptions) -> Row:
-    """Return the row that restores the whole of `item`."""
-    return Row(
-        row_id=f"{number:06d}",
+def plan_video(item: Item, options: PlanOptions, model_sha256: str) -> VideoPlan:
+    """Decode a source once, in constant memory, and say what will be done to it.
+
+    The cut detector sees what a live stream's sees, so that the shots are those at which a stream would start afresh.
+
+    Raises:
+        PipelineError: the source cannot be read, or nothing in it decodes.
+        ActorsError, UnsupportedOutput: the options do not go with it.
+        StorageError: it cannot be reached.
+    """
+    from actors.output import check_output, output_size
+    from pipeline.shots import CutDetector
+    from pipeline.video import Limits, VideoReader, probe
+    from pipeline.video_errors import UnreadableVideo
+
+    own = options.for_item(item)
+    limits = Limits(max_pixels=own.max_pixels)
+    source = _video_source(item.source)
+    info = probe(source, limits=limits)
+    check_output(info, item.destination, own.row)
+    detector = CutDetector() if own.cuts else None
+    starts: list[tuple[int, int]] = []  # number and time stamp of each shot's first frame
+    frames = 0
+    first_pts = last_pts = 0
+    with VideoReader(source, deinterlace=own.deinterlace, limits=limits, threads=1, info=info) as reader:
+        for frame in reader:
+            is_cut = detector is not None and detector.update(frame.rgb_HWC)
+            if is_cut or not starts:
+                starts.append((frames, frame.pts))
+            if frames == 0:
+                first_pts = frame.pts
+            last_pts = frame.pts
+            frames += 1
+        deinterlaces = reader.deinterlaces
+    if not frames:
+        raise UnreadableVideo(
+            f"{item.name}: no picture in it can be decoded.", remedy="Recover it or use another copy."
+        )
+    out_width, out_height = output_size(info, own.row["scale"], own.row["height"])
+    return VideoPlan(
+        run_id=run_id(item, options, model_sha256),
+        name=item.name,
         source=item.source,
-        destination=item.destination,
-        work_file=str(work_file),
-        first_index=0,
-        frames=probed.frames,
-        pts_start=-1,
-        pts_end=-1,
-        width=probed.width,
-        height=probed.height,
-        size_bytes=item.size_bytes,
         source_version=item.version,
-        seed=seed,
-        options=json.dumps(options),
+        size_bytes=item.size_bytes,
+        destination=item.destination,
+        width=info.width,
+        height=info.height,
+        out_width=out_width,
+        out_height=out_height,
+        frames=frames,
+        duration_s=float((last_pts - first_pts) * info.time_base + 1 / info.average_rate),
+        average_rate=str(info.average_rate),
+        time_base=str(info.time_base),
+        codec=info.codec,
+        deinterlace="on" if deinterlaces else "off",
+        segment_frames=segment_frames(own.segment_seconds, info.average_rate),
+        shots=_shots(starts, frames),
+        seed=own.seed,
+        priority=item.priority,
+        options=own.row,
+        damage=list(reader.damage),
+        warnings=[],
     )
 
 
-def probe_item(item: Item, max_pixels: int, options: RowOptions) -> Probed:
-    """Return what the container of `item` says; an error, or an output that is impossible, becomes a failure in it."""
-    from actors.output import check_output
-    from pipeline.video import Limits, probe
-
-    try:
-        info = probe(item.source, limits=Limits(max_pixels=max_pixels))
-        check_output(info, item.destination, options)
-    except Exception as error:
-        return Probed(item.name, failure=describe_failure(error))
-    return Probed(item.name, info.width, info.height, -1 if info.frames is None else info.frames)
+def segment_frames(seconds: float, rate: Fraction) -> int:
+    """Return how many frames a segment of `seconds` has at the average rate; at least one."""
+    return max(1, round(Fraction(seconds) * rate))
 
 
-def probe_all(items: Sequence[Item], max_pixels: int, options: RowOptions) -> dict[str, Probed]:
-    """Probe every item and return the answers by name: one here, several by Ray Data tasks on CPUs."""
-    if len(items) == 1:
-        return {items[0].name: probe_item(items[0], max_pixels, options)}
-    import ray.data
+def rows_of(plan: VideoPlan, segments: str, states: str) -> list[Row]:
+    """Return one row per shot; `segments` and `states` are the places of this video in the work area."""
+    return [
+        Row(
+            row_id=f"{plan.run_id}-{shot.number:05d}",
+            video_id=plan.run_id,
+            name=plan.name,
+            source=plan.source,
+            source_version=plan.source_version,
+            destination=plan.destination,
+            segments=segments,
+            states=states,
+            shot=shot.number,
+            first_index=shot.first_index,
+            frames=shot.frames,
+            start_pts=shot.start_pts,
+            stop_pts=shot.stop_pts,
+            deinterlace=plan.deinterlace,
+            segment_frames=plan.segment_frames,
+            width=plan.width,
+            height=plan.height,
+            seed=plan.seed,
+            cost=float(shot.frames * plan.width * plan.height),
+            options=json.dumps(plan.options),
+        )
+        for shot in plan.shots
+    ]
 
-    from infra.cluster import quiet_data
 
-    def probe_row(row: dict[str, Any]) -> dict[str, Any]:
-        item = Item(row["source"], row["destination"], row["name"], 0, "")
-        return {"name": row["name"], "probed": json.dumps(asdict(probe_item(item, max_pixels, options)))}
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """An item with its plan, or with the reason why there is none."""
 
-    rows = [{"source": item.source, "destination": item.destination, "name": item.name} for item in items]
-    blocks = min(len(rows), 4 * max(1, int(ray.cluster_resources().get("CPU", 1))))
-    with quiet_data():
-        answers = ray.data.from_items(rows, override_num_blocks=blocks).map(probe_row).take_all()
-    return {answer["name"]: Probed(**json.loads(answer["probed"])) for answer in answers}
+    item: Item
+    plan: VideoPlan | None
+    failure: Failure | None
+
+
+def plan_all(
+    items: Sequence[Item],
+    options: PlanOptions,
+    model_sha256: str,
+    known: Callable[[Item, str], VideoPlan | None] = lambda item, run_id: None,
+) -> Iterator[Planned]:
+    """Yield each item with its plan as soon as it is made: by Ray Data tasks, one CPU each.
+
+    Args:
+        known: gives the plan of an item (and its run id) where it was made before, else None; only the rest is planned.
+    """
+    for item in items:
+        found = known(item, run_id(item, options, model_sha256))
+        if found is not None:
+            yield Planned(item, found, None)
+            continue
+        try:
+            yield Planned(item, plan_video(item, options, model_sha256), None)
+        except Exception as error:
+            yield Planned(item, None, describe_failure(error))
+
+
+def _video_source(place: str) -> Any:
+    return place.removeprefix("file://")
+
+
+def _shots(starts: list[tuple[int, int]], frames: int) -> list[Shot]:
+    ends = [*starts[1:], (frames, -1)]
+    return [
+        Shot(number=number, first_index=index, frames=end - index, start_pts=pts, stop_pts=stop_pts)
+        for number, ((index, pts), (end, stop_pts)) in enumerate(zip(starts, ends, strict=True))
+    ]

@@ -25,7 +25,7 @@ from actors.upscaler import EngineOptions, Upscaler
 from infra.cluster import Cluster, quiet_data
 from infra.settings import Settings
 from jobs.errors import ExitCode, Interrupted
-from jobs.plan import Row
+from jobs.old_plan import Row
 
 
 class Record(TypedDict):

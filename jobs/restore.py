@@ -35,7 +35,7 @@ from jobs.manifest import (
     write_manifest,
 )
 from jobs.model import ResolvedModel, resolve_model
-from jobs.plan import Item, Row, RowOptions, Selection, plan_row, probe_all, probe_item, row_options, run_id, select
+from jobs.old_plan import Item, Row, RowOptions, Selection, plan_row, probe_all, probe_item, row_options, run_id, select
 from jobs.pool import PoolSize, pool_size, run_rows, stopping_on_signals
 from jobs.progress import Outcome, ProgressBar, print_summary
 from jobs.workarea import WorkArea

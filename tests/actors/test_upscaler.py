@@ -14,7 +14,7 @@ import pytest
 
 from actors.upscaler import EngineOptions, Upscaler
 from infra.settings import Settings
-from jobs.plan import Item, plan_row, probe_item, row_options
+from jobs.old_plan import Item, plan_row, probe_item, row_options
 from pipeline.video import probe
 from tests.random_model import save_random_model
 from tests.video_files import make_bad_files, make_video_files

@@ -1,114 +1,128 @@
+"""Plans against what a stream would do: the same frames, the same cuts, the exact time stamps."""
+
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
-from infra.errors import StorageError
 from infra.settings import Settings
-from jobs.errors import NoInputError, UsageError
-from jobs.plan import Item, plan_row, probe_item, row_options, run_id, select
-from pipeline.video_errors import UnsupportedOutput
+from jobs.plan import PlanOptions, plan_options, plan_video, rows_of, run_id
+from jobs.sources import Item
+from pipeline.shots import CutDetector
+from pipeline.video import UnreadableVideo, VideoReader
+from tests.video_files import make_bad_files, make_video_files
+
+SCENES = (12, 7, 9)
 
 
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"x")
+def item_for(path: Path, **own: object) -> Item:
+    size = path.stat().st_size
+    return Item(str(path), str(path.with_name("out.mkv")), path.name, size, "v1", overrides=own)
 
 
-def test_a_folder_stands_for_all_videos_under_it_and_keeps_its_structure(tmp_path: Path) -> None:
-    source = tmp_path / "in"
-    touch(
-        source,
-        "b.mp4",
-        "a/c.MKV",
-        "a/d.avi",
-        "a/notes.txt",
-        "a/._c.mkv",
-        ".upriver/1/000000.mp4",
-        "x.mp4.upriver/1/0.mp4",
-    )
-    chosen = select(str(source), str(tmp_path / "out"))
-    assert chosen.is_folder
-    named = {item.name: Path(item.destination).relative_to(tmp_path / "out").as_posix() for item in chosen.items}
-    assert named == {"b.mp4": "b.mp4", "a/c.MKV": "a/c.MKV", "a/d.avi": "a/d.mkv"}
+def options_for(**settings: object) -> PlanOptions:
+    return plan_options(Settings(**settings))
 
 
-def test_two_sources_never_share_a_result(tmp_path: Path) -> None:
-    touch(tmp_path / "in", "tape.avi", "tape.mpg", "tape.mkv")
-    chosen = select(str(tmp_path / "in"), str(tmp_path / "out"))
-    assert sorted(Path(item.destination).name for item in chosen.items) == ["tape.avi.mkv", "tape.mkv", "tape.mpg.mkv"]
-    touch(tmp_path / "in", "tape.avi.mkv")
-    with pytest.raises(UsageError, match="Two sources"):
-        select(str(tmp_path / "in"), str(tmp_path / "out"))
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {**make_video_files(folder / "good"), **make_bad_files(folder / "bad")}
 
 
-def test_results_below_the_source_are_no_sources(tmp_path: Path) -> None:
-    touch(tmp_path, "a.mp4", "restored/a.mp4")
-    assert [item.name for item in select(str(tmp_path), str(tmp_path / "restored")).items] == ["a.mp4"]
+@pytest.fixture(scope="session")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three scenes of 12, 7 and 9 frames; key frames lie elsewhere than cuts, time stamps start at 5 seconds."""
+    path = tmp_path_factory.mktemp("film") / "film.mkv"
+    rng = np.random.default_rng(5)
+    with av.open(path, "w") as output:
+        stream = output.add_stream("libx264", rate=25, options={"g": "8", "bf": "2", "sc_threshold": "0"})
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        count = 0
+        for length in SCENES:
+            blocks_HWC = rng.integers(20, 235, (24, 40, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+            for shift in range(length):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(blocks_HWC[shift : shift + 96, :160]))
+                frame.pts, frame.time_base = 125 + count, Fraction(1, 25)
+                output.mux(stream.encode(frame))
+                count += 1
+        output.mux(stream.encode(None))
+    return path
 
 
-def test_a_file_goes_into_an_existing_folder_or_to_a_name(tmp_path: Path) -> None:
-    touch(tmp_path, "a.avi", "out/other.txt")
-    for dst, expected in [
-        (str(tmp_path / "b.mp4"), "b.mp4"),
-        (str(tmp_path / "out"), "out/a.mkv"),
-        (f"{tmp_path}/new/", "new/a.mkv"),
-        (str(tmp_path / "frames"), "frames"),
-    ]:
-        (item,) = select(str(tmp_path / "a.avi"), dst).items
-        assert item.destination == str(tmp_path / expected)
+def test_a_plan_has_the_shots_of_the_film_with_exact_counts_and_time_stamps(film: Path) -> None:
+    plan = plan_video(item_for(film), options_for(segment_seconds=0.2), "model")
+    assert plan.frames == 28 and [shot.frames for shot in plan.shots] == list(SCENES)
+    assert [shot.first_index for shot in plan.shots] == [0, 12, 19]
+    with VideoReader(film) as reader:
+        stamps = [frame.pts for frame in reader]
+    assert [shot.start_pts for shot in plan.shots] == [stamps[0], stamps[12], stamps[19]]
+    assert [shot.stop_pts for shot in plan.shots] == [stamps[12], stamps[19], -1]
+    assert plan.segment_frames == 5 and plan.average_rate == "25" and plan.codec == "h264"
+    assert plan.duration_s == pytest.approx(28 / 25)
+    assert (plan.out_width, plan.out_height) == (640, 384) and plan.deinterlace == "off"
+    assert plan.damage == []
 
 
-def test_a_folder_of_pictures_is_one_source(tmp_path: Path) -> None:
-    touch(tmp_path / "shots", "f1.png", "f2.png")
-    chosen = select(str(tmp_path / "shots"), str(tmp_path / "film.mp4"))
-    assert not chosen.is_folder and len(chosen.items) == 1
-    before = chosen.items[0].version
-    touch(tmp_path / "shots", "f3.png")
-    assert select(str(tmp_path / "shots"), str(tmp_path / "film.mp4")).items[0].version != before
+def test_without_cuts_a_video_is_one_shot(film: Path) -> None:
+    plan = plan_video(item_for(film), options_for(cuts=False), "model")
+    assert [(shot.first_index, shot.frames, shot.stop_pts) for shot in plan.shots] == [(0, 28, -1)]
 
 
-def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
-    touch(tmp_path, "a.mp4", "texts/readme.txt", "films/a.mp4")
-    with pytest.raises(NoInputError, match="does not exist"):
-        select(str(tmp_path / "none.mp4"), "out.mp4")
-    with pytest.raises(NoInputError, match="no video under it"):
-        select(str(tmp_path / "texts"), str(tmp_path / "out"))
-    for same in ("a.mp4", "films"):
-        with pytest.raises(UsageError, match="the same"):
-            select(str(tmp_path / same), str(tmp_path / "x" / ".." / same))
-    with pytest.raises(UsageError, match="the same"):
-        select(str(tmp_path / "a.mp4"), str(tmp_path))
-    with pytest.raises(UsageError, match="is a file"):
-        select(str(tmp_path / "films"), str(tmp_path / "a.mp4"))
-    with pytest.raises(UnsupportedOutput, match=r"\.gif"):
-        select(str(tmp_path / "a.mp4"), "out.gif")
-    with pytest.raises(StorageError, match="s3://"):
-        select(str(tmp_path / "a.mp4"), "s3://bucket/out.mp4")
+def test_rows_carry_what_an_actor_needs_and_nothing_but_plain_values(film: Path) -> None:
+    plan = plan_video(item_for(film), options_for(seed=7), "model")
+    rows = rows_of(plan, "/w/segments", "/w/states")
+    assert [row["row_id"] for row in rows] == [f"{plan.run_id}-{shot:05d}" for shot in range(3)]
+    assert [row["cost"] for row in rows] == [frames * 160 * 96 for frames in SCENES]
+    assert all(isinstance(value, str | int | float) for row in rows for value in row.values())
+    assert {(row["segments"], row["states"], row["seed"]) for row in rows} == {("/w/segments", "/w/states", 7)}
 
 
-def test_the_run_id_changes_with_whatever_changes_the_result() -> None:
-    options = row_options(Settings(), compare=False, truth=None)
-    base = run_id("v1", "model", 0, "fp32/auto", options)
-    assert base == run_id("v1", "model", 0, "fp32/auto", dict(options))  # type: ignore[arg-type]
-    others = {
-        run_id("v2", "model", 0, "fp32/auto", options),
-        run_id("v1", "other", 0, "fp32/auto", options),
-        run_id("v1", "model", 1, "fp32/auto", options),
-        run_id("v1", "model", 0, "bf16/auto", options),
-        run_id("v1", "model", 0, "fp32/auto", {**options, "steps": 2}),
-    }
-    assert len(others) == 5 and base not in others
+def test_interlaced_sources_are_planned_as_the_deinterlacer_presents_them(files: dict[str, Path]) -> None:
+    item = item_for(files["mpeg2_interlaced_ts"])
+    plan = plan_video(item, options_for(), "model")
+    with VideoReader(item.source) as reader:
+        presented = [frame.pts for frame in reader]
+        assert reader.deinterlaces
+    assert plan.deinterlace == "on" and plan.frames == len(presented) and plan.shots[0].start_pts == presented[0]
+    assert plan_video(item, options_for(deinterlace="off"), "model").deinterlace == "off"
 
 
-def test_a_row_is_made_of_plain_values(tmp_path: Path) -> None:
-    touch(tmp_path, "a.mp4")
-    item = Item(str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"), "a.mp4", 1, "v")
-    options = row_options(Settings(), compare=True, truth=None)
-    probed = probe_item(item, 10**6, options)
-    assert probed.failure is not None and probed.failure["code"] == "video-unreadable"
-    row = plan_row(item, probed, 3, tmp_path / "w.mp4", 7, options)
-    assert row["row_id"] == "000003" and row["frames"] == -1 and row["seed"] == 7
-    assert all(isinstance(value, str | int) for value in row.values())
+@pytest.mark.parametrize("name", ["empty", "text", "nothing_decodes", "no_index"])
+def test_what_cannot_be_read_is_refused(files: dict[str, Path], name: str) -> None:
+    with pytest.raises(UnreadableVideo):
+        plan_video(item_for(files[name]), options_for(), "model")
+
+
+@pytest.mark.parametrize("name", ["truncated", "holed"])
+def test_what_is_damaged_is_told(files: dict[str, Path], name: str) -> None:
+    plan = plan_video(item_for(files[name]), options_for(), "model")
+    assert plan.damage and 0 < plan.frames < 48
+
+
+def test_the_run_id_changes_with_whatever_changes_the_result(tmp_path: Path) -> None:
+    def named(
+        version: str = "v1", model: str = "model", own: dict[str, object] | None = None, **settings: object
+    ) -> str:
+        return run_id(Item("a", "b", "a", 1, version, overrides=own or {}), options_for(**settings), model)
+
+    base = named()
+    assert base == named() and len(base) == 16
+    others = [
+        named("v2"), named(model="other"), named(seed=1), named(dtype="bf16"), named(steps=2),
+        named(segment_seconds=5), named(cuts=False), named(deinterlace="on"), named(own={"crf": 9}),
+    ]  # fmt: skip
+    assert len({base, *others}) == 10
+    assert named(own={"seed": 1}) == named(seed=1)
+    assert named(max_pixels=1000) == base  # a limit changes no picture
+
+
+def test_an_items_own_options_replace_the_jobs(film: Path) -> None:
+    plan = plan_video(item_for(film, scale=2, crf=20, seed=3, cuts=False), options_for(height=480), "model")
+    assert (plan.out_width, plan.out_height) == (320, 192)
+    assert plan.options["crf"] == 20 and plan.seed == 3 and len(plan.shots) == 1
+    assert CutDetector().tensors() == {}
