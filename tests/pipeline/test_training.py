@@ -148,8 +148,8 @@ def test_stage_two_feeds_the_decoder_its_own_previous_outputs(photographs: Path,
     )
     objective = Trainer(run).objective
     hr, lr, flow = next(TrainingData([photographs]).batches(0, batch=1, frames=3, side=64, severity=0, clip_share=0))
-    block = objective.restorer.vae.decoder.layers[-2]
-    torch.nn.init.normal_(block.temporal_processor[2].weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    weight = objective.restorer.vae.get_parameter("decoder.layers.8.temporal_processor.2.weight")
+    torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(0))
 
     def last(lr_BT3ss: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
