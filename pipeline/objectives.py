@@ -53,6 +53,8 @@ class TrainConfig(BaseModel):
         perceptual_from, gan_from: share of the run after which these losses join.
         workers: processes that prepare batches ahead; 0 prepares them between iterations.
         truth_share: share of stage-2 batches with ground-truth latents and previous pictures (paper: all).
+        finetune_decoder: learning rate, relative to the TPMs', at which stage 2 trains the rest of the decoder too; a
+            loss on the first frame, which no TPM helps, then joins. 0 as in the paper: only TPMs.
         temporal_fusion: stage 2 replaces TPMs of another form by fresh ones of this form; None keeps the model's.
         flow_jitter: largest deviation, in pixels, of the smooth error added to the flow of guided frames.
         perceptual_side: side of the square on which the perceptual loss looks; 0 = the whole crop.
@@ -96,6 +98,7 @@ class TrainConfig(BaseModel):
     discriminator_rate: float = 4e-4
     temporal: float = 4.0
     truth_share: float = Field(default=0.5, ge=0, le=1)
+    finetune_decoder: float = Field(default=0.0, ge=0, le=1)
     temporal_fusion: TemporalFusion | None = None
     flow_jitter: float = Field(default=0.0, ge=0)
     regulariser: float = 0.01
@@ -144,6 +147,8 @@ class Objective:
                 groups.append((net.vae.lr_projection.parameters(), 0.1))
         elif stage == "stage2":
             groups = [(net.vae.temporal_parameters(), 1.0)]
+            if self.config.finetune_decoder:
+                groups.append((decoder, self.config.finetune_decoder))
         else:
             assert net.controlnet is not None
             zeros = [
@@ -254,22 +259,27 @@ class Objective:
         with torch.no_grad():
             latents = vae.encode(hr.flatten(0, 1)).unflatten(0, hr.shape[:2])
             shared = self.draw_noise(latents[:, 0], rng)
-            previous = hr[:, 0] if truth else net.rollout(lr[:, 0], shared, schedule).output_B3HW
+        previous, guided = hr[:, 0], hr.shape[1] - 1
         total: dict[str, Tensor] = {}
-        output = previous
-        for t in range(1, hr.shape[1]):
+        warped: Tensor | None = None
+        for t in range(hr.shape[1]):
             with torch.no_grad():
-                warped = warp_previous(previous, self.disturb(flow[:, t - 1], rng))
                 latent = latents[:, t] if truth else net.denoise(lr[:, t], shared, schedule, warped)
-                features = vae.encode_temporal(warped)
-            output = vae.decode(latent, features)
-            losses = self.picture_losses(output, hr[:, t], progress)
-            losses["temporal"] = self.config.temporal * temporal_loss(
-                output, previous, hr[:, t], hr[:, t - 1], flow[:, t - 1]
-            )
-            for name, value in losses.items():
-                total[name] = total.get(name, torch.zeros((), device=value.device)) + value / (hr.shape[1] - 1)
+                features = None if warped is None else vae.encode_temporal(warped)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (t > 0 or self.config.finetune_decoder > 0)):
+                output = vae.decode(latent, features)
+            if t > 0 or self.config.finetune_decoder:
+                losses = self.picture_losses(output, hr[:, t], progress)
+                if t > 0:
+                    losses["temporal"] = self.config.temporal * temporal_loss(
+                        output, previous, hr[:, t], hr[:, t - 1], flow[:, t - 1]
+                    )
+                for name, value in losses.items():
+                    total[name] = total.get(name, torch.zeros((), device=value.device)) + value / guided
             previous = hr[:, t] if truth else output.detach()
+            if t + 1 < hr.shape[1]:
+                with torch.no_grad():
+                    warped = warp_previous(previous, self.disturb(flow[:, t], rng))
         return total, output
 
     def disturb(self, flow_B2SS: Tensor, rng: np.random.Generator) -> Tensor:
