@@ -42,6 +42,9 @@ class Storage(Protocol):
     def list(self, prefix: str) -> Iterator[FileInfo]:
         """Yield every file under `prefix`, in sorted order."""
 
+    def folders(self, place: str) -> Iterator[str]:
+        """Yield the folders directly below `place`, sorted; nothing there is no error."""
+
     def read(self, place: str) -> bytes:
         """Return the content of a small file."""
 
@@ -107,6 +110,14 @@ class LocalStorage:
                     info = self.stat(os.path.join(folder, name))
                     if info is not None:  # a dangling link, or gone since the folder was listed
                         yield info
+
+    def folders(self, place: str) -> Iterator[str]:
+        with _translated("list", place):
+            try:
+                found = sorted(entry.name for entry in os.scandir(_path(place)) if entry.is_dir())
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        yield from (os.path.join(place, name) for name in found)
 
     def read(self, place: str) -> bytes:
         with _translated("read", place):

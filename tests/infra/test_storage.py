@@ -123,3 +123,11 @@ def test_delete_takes_files_and_trees_and_nothing(tmp_path: Path) -> None:
     for name in ("tree", "file", "nothing"):
         LocalStorage().delete(str(tmp_path / name))
     assert os.listdir(tmp_path) == []
+
+
+def test_folders_are_those_directly_below(tmp_path: Path) -> None:
+    for name in ("b/deep/x", "a/x", "file"):
+        LocalStorage().write(str(tmp_path / name), b"")
+    assert list(LocalStorage().folders(str(tmp_path))) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert list(LocalStorage().folders(str(tmp_path / "none"))) == []
+    assert list(LocalStorage().folders(str(tmp_path / "file"))) == []
