@@ -53,8 +53,9 @@ class TrainConfig(BaseModel):
         perceptual_from, gan_from: share of the run after which these losses join.
         workers: processes that prepare batches ahead; 0 prepares them between iterations.
         truth_share: share of stage-2 batches with ground-truth latents and previous pictures (paper: all).
-        finetune_decoder: learning rate, relative to the TPMs', at which stage 2 trains the rest of the decoder too; a
-            loss on the first frame, which no TPM helps, then joins. 0 as in the paper: only TPMs.
+        finetune_decoder: learning rate, relative to the stage's own, at which stages 2 and 3 train the decoder too; a
+            loss on the first frame, which no guidance helps, then joins. 0 as in the paper.
+        finetune_unet: the same for the U-Net in stage 3.
         temporal_fusion: stage 2 replaces TPMs of another form by fresh ones of this form; None keeps the model's.
         flow_jitter: largest deviation, in pixels, of the smooth error added to the flow of guided frames.
         perceptual_side: side of the square on which the perceptual loss looks; 0 = the whole crop.
@@ -99,6 +100,7 @@ class TrainConfig(BaseModel):
     temporal: float = 4.0
     truth_share: float = Field(default=0.5, ge=0, le=1)
     finetune_decoder: float = Field(default=0.0, ge=0, le=1)
+    finetune_unet: float = Field(default=0.0, ge=0, le=1)
     temporal_fusion: TemporalFusion | None = None
     flow_jitter: float = Field(default=0.0, ge=0)
     regulariser: float = 0.01
@@ -157,6 +159,10 @@ class Objective:
             ]
             known = {id(p) for p in zeros}
             groups = [([p for p in net.controlnet.parameters() if id(p) not in known], 1.0), (zeros, 5.0)]
+            if self.config.finetune_unet:
+                groups.append((net.unet.parameters(), self.config.finetune_unet))
+            if self.config.finetune_decoder:
+                groups.append(([*decoder, *net.vae.temporal_parameters()], self.config.finetune_decoder))
         result: list[dict[str, object]] = []
         for parameters, ratio in groups:
             chosen = [p.requires_grad_(True) for p in parameters]
@@ -300,25 +306,29 @@ class Objective:
         """ARTG: each frame is guided by the model's own warped previous output, as at inference.
 
         One schedule serves the clip. Gradients stop between frames: the previous output is an input, not a variable.
+        With `finetune_unet` and `finetune_decoder` the networks that ARTG acts through learn to listen to it.
         """
+        alone = self.config.finetune_unet > 0 or self.config.finetune_decoder > 0  # then the first frame learns too
         schedule = self.draw_schedule(rng)
         with torch.no_grad():
             latents = self.restorer.vae.encode(hr.flatten(0, 1)).unflatten(0, hr.shape[:2])
             shared = self.draw_noise(latents[:, 0], rng)
-            first = self.restorer.rollout(lr[:, 0], shared, schedule).output_B3HW
-            previous = hr[:, 0] if rng.random() < 0.1 else first
         total: dict[str, Tensor] = {}
-        outputs = []
-        for t in range(1, hr.shape[1]):
-            warped = warp_previous(previous, self.disturb(flow[:, t - 1], rng))
-            denoised, output = self.restorer(lr[:, t], shared, schedule, warped)
-            losses = {"latent": self.config.latent * F.mse_loss(denoised, latents[:, t])}
-            losses |= self.picture_losses(output, hr[:, t], progress)
-            losses["temporal"] = self.config.temporal * temporal_loss(
-                output, previous, hr[:, t], hr[:, t - 1], flow[:, t - 1]
-            )
-            for name, value in losses.items():
-                total[name] = total.get(name, torch.zeros((), device=value.device)) + value / (hr.shape[1] - 1)
-            previous = output.detach()
-            outputs.append(output)
-        return total, outputs[-1]
+        warped: Tensor | None = None
+        previous, guided = hr[:, 0], hr.shape[1] - 1
+        for t in range(hr.shape[1]):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (t > 0 or alone)):
+                denoised, output = self.restorer(lr[:, t], shared, schedule, warped)
+            if t > 0 or alone:
+                losses = {"latent": self.config.latent * F.mse_loss(denoised, latents[:, t])}
+                losses |= self.picture_losses(output, hr[:, t], progress)
+                if t > 0:
+                    losses["temporal"] = self.config.temporal * temporal_loss(
+                        output, previous, hr[:, t], hr[:, t - 1], flow[:, t - 1]
+                    )
+                for name, value in losses.items():
+                    total[name] = total.get(name, torch.zeros((), device=value.device)) + value / guided
+            previous = hr[:, 0] if t == 0 and rng.random() < 0.1 else output.detach()
+            if t + 1 < hr.shape[1]:
+                warped = warp_previous(previous, self.disturb(flow[:, t], rng))
+        return total, output

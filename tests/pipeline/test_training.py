@@ -173,6 +173,33 @@ def test_disturbed_flow_is_smooth_repeatable_and_bounded(photographs: Path, mode
     assert still.objective.disturb(flow, np.random.default_rng(1)) is flow
 
 
+@pytest.mark.parametrize(
+    ("stage", "option", "joins"),
+    [
+        ("stage2", {"finetune_decoder": 0.5}, "vae.decoder"),
+        ("stage3", {"finetune_unet": 0.5}, "unet"),
+        ("stage3", {"finetune_decoder": 0.5}, "vae.decoder"),
+    ],
+)
+def test_fine_tuning_joins_a_network_and_the_first_frame(
+    stage: str, option: dict[str, float], joins: str, photographs: Path, model: Path, tmp_path: Path
+) -> None:
+    """The first frame's loss must join: it is restored without guidance, and would be forgotten."""
+    plain = Trainer(config(stage, photographs, tmp_path / "plain", init=model, truth_share=0.0))
+    trainer = Trainer(config(stage, photographs, tmp_path / "run", init=model, truth_share=0.0, **option))
+    batch = next(trainer.data.batches(3, batch=1, frames=2, side=64, severity=0, clip_share=0))
+    before = {name: value.clone() for name, value in trainer.restorer.named_parameters()}
+    with torch.no_grad():
+        pixel = [
+            float(one.objective.losses(*batch, 0.0, np.random.default_rng(0))[0]["pixel"]) for one in (plain, trainer)
+        ]
+    assert pixel[1] > 1.3 * pixel[0]
+    trainer._validate = lambda: None  # type: ignore[method-assign]
+    trainer.run()
+    after = dict(trainer.restorer.named_parameters())
+    assert any(name.startswith(joins) and not torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_random_timestep_objective_trains_the_unet(photographs: Path, model: Path, tmp_path: Path) -> None:
     run = config("stage1", photographs, tmp_path / "run", init=model, objective="random-timestep", train_decoder=False)
     trainer = no_validation(Trainer(run))
