@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
-from actors.errors import Failure, describe_failure
+from actors.errors import Failure, FailureClass, describe_failure
 from actors.records import Row, RowOptions
+from infra.cluster import quiet_data
 from infra.settings import Settings
 from jobs.records import Shot, VideoPlan
 from jobs.sources import Item
 
 # Grows with every change that makes other shots or segments of the same source: older work is then not gone on with.
 PLAN_VERSION = 2
+# Videos planned in one run of Ray Data, each as a block of its own: what the driver holds at a time.
+_WAVE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,22 +209,65 @@ def plan_all(
     items: Sequence[Item],
     options: PlanOptions,
     model_sha256: str,
-    known: Callable[[Item, str], VideoPlan | None] = lambda item, run_id: None,
+    known: Callable[[Item, str], VideoPlan | None] | None = None,
 ) -> Iterator[Planned]:
-    """Yield each item with its plan as soon as it is made: by Ray Data tasks, one CPU each.
+    """Yield each item with its plan as soon as it is there: first the known ones, then those made by Ray Data tasks.
+
+    A task plans one video on one CPU. One that dies (a decoder may) is tried once more, and is then a failure of its
+    video alone. Needs a Ray that is connected, unless there is at most one video to plan.
 
     Args:
-        known: gives the plan of an item (and its run id) where it was made before, else None; only the rest is planned.
+        known: gives the plan of an item and its run id where it was made before, else None; only the rest is planned.
     """
+    rest = []
     for item in items:
-        found = known(item, run_id(item, options, model_sha256))
-        if found is not None:
+        found = known(item, run_id(item, options, model_sha256)) if known is not None else None
+        if found is None:
+            rest.append(item)
+        else:
             yield Planned(item, found, None)
-            continue
-        try:
-            yield Planned(item, plan_video(item, options, model_sha256), None)
-        except Exception as error:
-            yield Planned(item, None, describe_failure(error))
+    if len(rest) == 1:
+        yield _planned(rest[0], options, model_sha256)
+        return
+    for start in range(0, len(rest), _WAVE):
+        yield from _plan_wave(rest[start : start + _WAVE], options, model_sha256)
+
+
+def _planned(item: Item, options: PlanOptions, model_sha256: str) -> Planned:
+    try:
+        return Planned(item, plan_video(item, options, model_sha256), None)
+    except Exception as error:
+        return Planned(item, None, describe_failure(error))
+
+
+def _plan_wave(items: Sequence[Item], options: PlanOptions, model_sha256: str) -> Iterator[Planned]:
+    import ray.data
+
+    def plan_row(row: dict[str, Any]) -> dict[str, Any]:
+        made = _planned(Item(**json.loads(row["item"])), options, model_sha256)
+        plan = "" if made.plan is None else made.plan.model_dump_json()
+        return {"at": row["at"], "plan": plan, "failure": json.dumps(made.failure)}
+
+    rows = [{"at": at, "item": json.dumps(asdict(item))} for at, item in enumerate(items)]
+    open_items = dict(enumerate(items))
+    with quiet_data(target_max_block_size=1, max_errored_blocks=-1), warnings.catch_warnings():
+        # Ray has no other way yet to bound retries than the keyword arguments that it announces to remove.
+        warnings.simplefilter("ignore", category=DeprecationWarning)
+        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(plan_row, num_cpus=1, max_retries=1)
+        for row in data.iter_rows():
+            plan = VideoPlan.model_validate_json(row["plan"]) if row["plan"] else None
+            yield Planned(open_items.pop(int(row["at"])), plan, json.loads(row["failure"]))
+    for item in open_items.values():
+        yield Planned(item, None, _died(item))
+
+
+def _died(item: Item) -> Failure:
+    return Failure(
+        failure_class=FailureClass.LOST_ACTOR,
+        code="planner-lost",
+        message=f"The process that decoded {item.name} to plan it died twice.",
+        remedy="The file may be broken in a way that crashes its decoder, or memory ran out: convert it first.",
+    )
 
 
 def _video_source(place: str) -> Any:

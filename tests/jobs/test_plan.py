@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import av
 import numpy as np
 import pytest
 
+from infra.cluster import connected
 from infra.settings import Settings
-from jobs.plan import PlanOptions, plan_options, plan_video, rows_of, run_id
+from jobs.plan import Planned, PlanOptions, plan_all, plan_options, plan_video, rows_of, run_id
+from jobs.records import VideoPlan
 from jobs.sources import Item
-from pipeline.shots import CutDetector
 from pipeline.video import UnreadableVideo, VideoReader
 from tests.video_files import make_bad_files, make_video_files
 
@@ -125,4 +128,51 @@ def test_an_items_own_options_replace_the_jobs(film: Path) -> None:
     plan = plan_video(item_for(film, scale=2, crf=20, seed=3, cuts=False), options_for(height=480), "model")
     assert (plan.out_width, plan.out_height) == (320, 192)
     assert plan.options["crf"] == 20 and plan.seed == 3 and len(plan.shots) == 1
-    assert CutDetector().tensors() == {}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with connected(num_cpus=2, quiet=False):
+        yield
+
+
+def test_many_videos_are_planned_by_tasks_and_a_bad_one_stops_nothing(
+    cluster: None, film: Path, files: dict[str, Path]
+) -> None:
+    gone = Item(str(film.with_name("gone.mp4")), "gone.mkv", "gone.mp4", 0, "")
+    items = [item_for(film), item_for(files["text"]), gone, item_for(files["odd_mp4"])]
+    made = {planned.item.name: planned for planned in plan_all(items, options_for(), "model")}
+    assert made["film.mkv"].plan == plan_video(items[0], options_for(), "model")
+    assert made["odd.mp4"].plan is not None and made["odd.mp4"].failure is None
+    assert {name: planned.failure["code"] for name, planned in made.items() if planned.failure} == {
+        "text.mp4": "video-unreadable",
+        "gone.mp4": "video-not-found",
+    }
+
+
+def test_a_video_that_kills_its_process_is_given_up_and_the_others_go_on(
+    cluster: None, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(item: Item, options: PlanOptions, model_sha256: str) -> Planned:
+        if item.name == "deadly":
+            os._exit(1)
+        return Planned(item, plan_video(item, options, model_sha256), None)
+
+    monkeypatch.setattr("jobs.plan._planned", planned)
+    deadly = Item(str(film), "deadly.mkv", "deadly", 1, "v")
+    made = {one.item.name: one for one in plan_all([deadly, item_for(film)], options_for(), "model")}
+    assert made["film.mkv"].plan is not None
+    failure = made["deadly"].failure
+    assert failure is not None and failure["failure_class"] == "lost-actor"
+
+
+def test_what_is_known_is_not_planned_again(film: Path) -> None:
+    """One video is left to plan, so that this needs no cluster either."""
+    old = plan_video(item_for(film), options_for(), "model")
+    other = Item(str(film), "other.mkv", "other", 1, "v2")
+
+    def known(item: Item, run: str) -> VideoPlan | None:
+        return old if run == old.run_id else None
+
+    first, second = plan_all([other, item_for(film)], options_for(), "model", known)
+    assert first.plan is old and second.plan is not None and second.plan.run_id != old.run_id
