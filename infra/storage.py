@@ -40,7 +40,7 @@ class Storage(Protocol):
         """Return what is known of the file or folder at `place`, or None when there is none."""
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
-        """Yield every file under `prefix`, in sorted order."""
+        """Yield every file under `prefix`, in sorted order; nothing there is no error."""
 
     def folders(self, place: str) -> Iterator[str]:
         """Yield the folders directly below `place`, sorted; nothing there is no error."""
@@ -101,7 +101,8 @@ class LocalStorage:
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
         def refuse(error: OSError) -> None:
-            raise error
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):  # as an object store: nothing is no error
+                raise error
 
         with _translated("list", prefix):
             for folder, folders, names in os.walk(_path(prefix), onerror=refuse):

@@ -39,6 +39,7 @@ Destination = Annotated[
         help="The file to write, a folder for videos, or a new name without ending for pictures.", show_default=False
     ),
 ]
+Finished = Annotated[str, typer.Argument(help="The destination that `upriver restore` was given.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Config = Annotated[
@@ -150,6 +151,32 @@ def restore(
     return restore_command(
         src, dst, flags=flags, config=config, compare=compare, truth=truth, overwrite=overwrite, as_json=as_json
     )
+
+
+@app.command()
+def status(
+    dst: Finished,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again until the job ends.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Show how far the job that writes DST is: from any machine, while it runs or after it died."""
+    from jobs.status import status_command
+
+    return status_command(dst, as_json=as_json, watch=watch)
+
+
+@app.command()
+def cancel(
+    dst: Finished,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the job has stopped.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Ask the job that writes DST to stop; the same restore command goes on later."""
+    from jobs.cancel import cancel_command
+
+    return cancel_command(dst, wait=wait, as_json=as_json)
 
 
 @app.command()

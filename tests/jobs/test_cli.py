@@ -25,6 +25,8 @@ SURFACE = {
         "--crf", "--preset", "--pix-fmt", "--deinterlace", "--cuts", "--no-cuts", "--compare", "--truth", "--overwrite",
         "--actors", "--threads", "--config", "--json", "--debug",
     ],
+    "upriver status": ["DST", "--watch", "--json", "--debug"],
+    "upriver cancel": ["DST", "--wait", "--no-wait", "--json", "--debug"],
     "upriver verify": ["SRC", "DST", "--scale", "--height", "--json", "--debug"],
     "upriver doctor": ["--model", "--device", "--dtype", "--flow", "--config", "--json", "--debug"],
     "upriver bench": [
