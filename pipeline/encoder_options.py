@@ -110,7 +110,7 @@ def resolve(options: EncoderOptions, source: VideoInfo, container: str, width: i
     Raises:
         UnsupportedOutput: the choices contradict each other; the message names which.
     """
-    codec = options.codec or _default_codec(source, container)
+    codec = resolve_codec(options, source, container)
     if codec not in _CONTAINER_CODECS[container]:
         raise UnsupportedOutput(
             f"{container} files do not hold {codec} here.",
@@ -144,7 +144,10 @@ def _starts_early(source: VideoInfo) -> bool:
     return source.start_pts * source.time_base < 5 / source.average_rate
 
 
-def _default_codec(source: VideoInfo, container: str) -> Codec:
+def resolve_codec(options: EncoderOptions, source: VideoInfo, container: str) -> Codec:
+    """The codec for one source and container: the one that was chosen, or the default."""
+    if options.codec is not None:
+        return options.codec
     if container == "webm":
         return "vp9"
     return "hevc" if source.bit_depth > 8 else "h264"

@@ -24,9 +24,10 @@ from pipeline.video_errors import (
     VideoError,
     VideoNotFound,
 )
+from pipeline.video_output import WriteReport
 from pipeline.video_probe import ContentLight, MasteringDisplay, StreamInfo, VideoInfo, probe
 from pipeline.video_reader import VideoFrame, VideoReader
-from pipeline.video_writer import VideoWriter, WriteReport, check_destination
+from pipeline.video_writer import VideoWriter, check_destination
 
 __all__ = [
     "CONTAINERS",
