@@ -127,7 +127,7 @@ class PictureEncoder:
         self._stream = stream
         return stream
 
-    def encode(self, frame: VideoFrame) -> list[av.Packet]:
+    def encode(self, frame: VideoFrame) -> list[Any]:
         """Encode one picture; returns the packets that are finished, with the durations of their pictures.
 
         Raises:
@@ -151,11 +151,11 @@ class PictureEncoder:
                 remedy="Try another codec or container.",
             ) from error
 
-    def flush(self) -> list[av.Packet]:
+    def flush(self) -> list[Any]:
         """The packets of the pictures that the encoder still holds."""
         return self._timed(self._stream.encode(None))
 
-    def _timed(self, packets: list[Any]) -> list[av.Packet]:
+    def _timed(self, packets: list[Any]) -> list[Any]:
         for packet in packets:
             if packet.pts in self._durations:
                 packet.duration = self._durations.pop(packet.pts)
@@ -188,15 +188,15 @@ class PngEncoder:
         self._stream = output.add_mux_stream("png", width=width, height=height, time_base=self._time_base)
         return self._stream
 
-    def encode(self, frame: VideoFrame) -> list[av.Packet]:
+    def encode(self, frame: VideoFrame) -> list[Any]:
         """Return the picture as one packet, 8 or 16 bits per component as it is."""
-        packet = av.Packet(encode_png(frame.rgb_HWC))
+        packet: Any = av.Packet(encode_png(frame.rgb_HWC))
         packet.stream, packet.time_base = self._stream, frame.time_base
         packet.pts = packet.dts = frame.pts
         packet.duration, packet.is_keyframe = frame.duration, True
         return [packet]
 
-    def flush(self) -> list[av.Packet]:
+    def flush(self) -> list[Any]:
         """Nothing waits."""
         return []
 

@@ -30,8 +30,8 @@ _FIRST_PTS = "first_pts"
 # A fragment is held in memory until it is complete.
 _FRAGMENT_US = 1_000_000
 _ANY_SIZE = Limits(min_side=1, max_side=1 << 20, max_pixels=1 << 29)
-# QuickTime holds what MP4 has no name for, MP4 what QuickTime has none for.
-_IN_MOV = {"ffv1", "prores"}
+# MP4 has no name for it; QuickTime has none for FFV1, AV1 and VP9.
+_IN_MOV = {"prores"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,8 @@ class SegmentWriter:
         self._encoder = segment_encoder(info, container_suffix, width=width, height=height, options=options)
         self._partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
         self._output: av.container.OutputContainer | None = None
-        self._time_base = info.time_base
         self._first_dts: int | None = None
+        self._last_dts = 0
         # The packet that was encoded last waits, because it alone says how long the picture shown last is seen.
         self._waiting: Any = None
         self._last_duration = 0
@@ -158,10 +158,14 @@ class SegmentWriter:
     def _mux(self, packets: Iterable[Any]) -> None:
         assert self._output is not None
         for packet in packets:
+            # An encoder that gets fewer pictures than it holds back may invent the first decoding time (x265 does).
+            # None needs more lead than lies between the first and the last picture so far.
+            earliest = 2 * self._order.first_pts - self._order.last_pts
             if self._first_dts is None:
-                self._first_dts = packet.dts
-            packet.pts -= self._first_dts
-            packet.dts -= self._first_dts
+                self._first_dts = self._last_dts = min(max(packet.dts, earliest), packet.pts)
+            else:
+                self._last_dts = max(packet.dts, self._last_dts + 1)
+            packet.pts, packet.dts = packet.pts - self._first_dts, self._last_dts - self._first_dts
             if self._waiting is not None:
                 self._output.mux(self._waiting)
             self._waiting = packet
@@ -183,7 +187,7 @@ def _open(file: Any, encoder: PictureEncoder | PngEncoder, first_pts: int) -> av
         mode="w",
         format="mov" if mov else "mp4",
         container_options={
-            "movflags": "empty_moov+default_base_moof+use_metadata_tags",
+            "movflags": "empty_moov+default_base_moof+use_metadata_tags+skip_trailer",
             "frag_duration": str(_FRAGMENT_US),
         },
     )
@@ -223,7 +227,7 @@ class Segment:
     def __exit__(self, *_: object) -> None:
         self._container.close()
 
-    def packets(self, *, start_codes: bool = False) -> Iterator[av.Packet]:
+    def packets(self, *, start_codes: bool = False) -> Iterator[Any]:
         """Packets in decoding order, timed in the source's time base.
 
         The last one's duration is that of the picture that is shown last.
@@ -241,6 +245,8 @@ class Segment:
             for demuxed in self._container.demux(self._stream):
                 if not demuxed.size:
                     continue
+                if demuxed.is_corrupt:
+                    raise UnreadableVideo(f"{self.path.name} is cut off.", remedy=_REMEDY)
                 (packet,) = rewrite.filter(demuxed) if rewrite else (demuxed,)
                 pts, dts, duration = (self._ticks(value) for value in (packet.pts, packet.dts, packet.duration))
                 if origin is None:
