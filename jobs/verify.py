@@ -18,7 +18,7 @@ from pipeline.colour import RANGE_FULL, effective_range, is_rgb_format
 from pipeline.encoder_options import CONTAINERS
 from pipeline.fingerprint import StreamFingerprint, fingerprint
 from pipeline.passthrough import BIBLIOGRAPHIC
-from pipeline.video_container import Limits
+from pipeline.video_container import Limits, VideoSource
 from pipeline.video_probe import VideoInfo, probe
 from pipeline.video_reader import VideoReader
 
@@ -94,7 +94,7 @@ class _Pictures:
 
 
 def verify(
-    src: str | os.PathLike[str],
+    src: VideoSource,
     dst: str | os.PathLike[str],
     scale: int | None = None,
     height: int | None = None,
@@ -113,10 +113,10 @@ def verify(
         VideoError: one of them cannot be read at all.
     """
     limits = limits or Limits()
-    report = VerifyReport(Path(src), Path(dst))
     # A result is larger than its source by design: the limits are for what is restored.
     generous = Limits(min_side=1, max_side=limits.max_side * 8, max_pixels=limits.max_pixels * 16)
     source, result = probe(src, limits=limits), probe(dst, limits=generous)
+    report = VerifyReport(source.path, Path(dst))
     muxer = CONTAINERS.get(report.result.suffix.lower(), result.container)
     _compare_size(report, source, result, scale, height)
     _compare_picture_format(report, source, result)
@@ -186,7 +186,7 @@ def _compare_colour(report: VerifyReport, source: VideoInfo, result: VideoInfo) 
         report.add("chroma location", *places)
 
 
-def _pictures(path: str | os.PathLike[str], info: VideoInfo, limits: Limits) -> _Pictures:
+def _pictures(path: VideoSource, info: VideoInfo, limits: Limits) -> _Pictures:
     times_s, captions, captioned = array("d"), hashlib.sha256(), 0
     with VideoReader(path, limits=limits, info=info, deinterlace="off") as reader:
         for pts, caption in reader.stamps():

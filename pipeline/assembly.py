@@ -6,7 +6,6 @@ come from the segments. Decoding times are counted anew for the whole, because e
 
 from __future__ import annotations
 
-import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import av
 from pipeline.encoder_options import EncoderOptions
 from pipeline.picture_encoder import PictureEncoder
 from pipeline.segments import Segment, expected_extradata, segment_encoder
+from pipeline.video_container import VideoSource
 from pipeline.video_errors import EncodeError
 from pipeline.video_output import VideoOutput, WriteReport
 from pipeline.video_probe import VideoInfo
@@ -33,7 +33,7 @@ def assemble(
     width: int,
     height: int,
     options: EncoderOptions,
-    source: str | os.PathLike[str] | None,
+    source: VideoSource | None,
     fragmented: bool = False,
     frames: int | None = None,
 ) -> WriteReport:

@@ -7,7 +7,6 @@ MP4 and gets them on the way back, and H.264 in a second video stream its start 
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import av
 
 from pipeline.passthrough import is_regenerated, refusal
-from pipeline.video_container import Limits, main_video_stream, open_input
+from pipeline.video_container import Limits, VideoSource, main_video_stream, open_input, source_name
 
 
 @dataclass(slots=True)
@@ -40,18 +39,18 @@ class StreamFingerprint:
         return f"stream {self.index} ({self.kind}, {self.codec})"
 
 
-def fingerprint(path: str | os.PathLike[str], *, for_muxer: str | None = None) -> list[StreamFingerprint]:
+def fingerprint(path: VideoSource, *, for_muxer: str | None = None) -> list[StreamFingerprint]:
     """Read every stream but the restored picture once, in constant memory but for the time stamps.
 
     Args:
-        path: a video file.
+        path: a video file, local or remote.
         for_muxer: also find out which streams this output format cannot hold.
 
     Raises:
         VideoNotFound, UnreadableVideo, NoVideoStream: see `video_errors`.
     """
     with open_input(path, Limits()) as container:
-        main = main_video_stream(container, str(path))
+        main = main_video_stream(container, source_name(path))
         found: dict[int, StreamFingerprint] = {}
         hashes = {}
         for stream in container.streams:

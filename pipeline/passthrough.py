@@ -7,14 +7,13 @@ packets over in step with the video, so that memory does not grow. What the outp
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
 import av
 
-from pipeline.video_container import Limits, main_video_stream, open_input
+from pipeline.video_container import Limits, VideoSource, main_video_stream, open_input, source_name
 
 _ATTACHMENTS_IN = {"matroska"}
 # Text that describes the old encoding of the picture; wrong or meaningless for the new one.
@@ -40,7 +39,7 @@ class Passthrough:
     """The copied streams of one source, bound to one output container.
 
     Args:
-        path: the source file.
+        source: opened once more, for itself.
         output: the container being written; its streams are added in the source's order.
         muxer: libav's name of the output format.
 
@@ -48,13 +47,14 @@ class Passthrough:
         warnings: what cannot be carried, in words.
     """
 
-    def __init__(self, path: str | os.PathLike[str], output: av.container.OutputContainer, muxer: str) -> None:
+    def __init__(self, source: VideoSource, output: av.container.OutputContainer, muxer: str) -> None:
         self.warnings: list[str] = []
-        self._source = open_input(path, Limits())
+        self._opened = open_input(source, Limits())
+        self._source = self._opened.container
         self._output = output
         self._muxer = muxer
         self._map: dict[int, Any] = {}
-        self._main_index = main_video_stream(self._source, str(path)).index
+        self._main_index = main_video_stream(self._source, source_name(source)).index
         self._packets: Iterator[Any] | None = None
         self._waiting: Any = None
 
@@ -111,7 +111,7 @@ class Passthrough:
 
     def close(self) -> None:
         """Release the source file."""
-        self._source.close()
+        self._opened.close()
 
     def _next(self) -> Any:
         if self._packets is None:

@@ -212,12 +212,13 @@ class Segment:
     def __init__(self, path: Path, time_base: Fraction) -> None:
         self.path = path
         self._time_base = time_base
-        self._container = open_input(path, _ANY_SIZE, _NO_DECODER)
+        self._opened = open_input(path, _ANY_SIZE, _NO_DECODER)
+        self._container = self._opened.container
         try:
             self.first_pts = int(self._container.metadata[_FIRST_PTS])
             (self._stream,) = self._container.streams.video
         except (KeyError, ValueError) as error:
-            self._container.close()
+            self._opened.close()
             raise UnreadableVideo(f"{path.name} is no segment.", remedy=_REMEDY) from error
         self.extradata = bytes(self._stream.codec_context.extradata or b"")
 
@@ -225,7 +226,7 @@ class Segment:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._container.close()
+        self._opened.close()
 
     def packets(self, *, start_codes: bool = False) -> Iterator[Any]:
         """Packets in decoding order, timed in the source's time base.

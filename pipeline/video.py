@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pipeline.colour import ColourTags
 from pipeline.encoder_options import CONTAINERS, EncoderOptions, container_for
-from pipeline.video_container import Limits
+from pipeline.video_container import Limits, RemoteVideo, VideoSource
 from pipeline.video_errors import (
     DestinationError,
     EncodeError,
@@ -41,6 +41,7 @@ __all__ = [
     "Limits",
     "MasteringDisplay",
     "NoVideoStream",
+    "RemoteVideo",
     "StreamInfo",
     "UnreadableVideo",
     "UnsupportedOutput",
@@ -49,6 +50,7 @@ __all__ = [
     "VideoInfo",
     "VideoNotFound",
     "VideoReader",
+    "VideoSource",
     "VideoWriter",
     "WriteReport",
     "check_destination",

@@ -1,4 +1,4 @@
-"""Opening a local file with libav, and nothing else than a local file.
+"""Opening one video with libav, and nothing else than this one: a local file, or bytes that somebody else fetches.
 
 The demuxers are named one by one: formats that fetch other files (HLS, DASH, concat, SDP, image patterns, AVISynth)
 are not in the list, the only protocol is `file`, and the declared size is checked before a decoder allocates for it.
@@ -11,9 +11,11 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol
 
 import av
+from typing_extensions import TypeIs  # typing has it from Python 3.13 on
 
 from pipeline.video_errors import FrameTooLarge, FrameTooSmall, NoVideoStream, UnreadableVideo, VideoNotFound
 
@@ -24,6 +26,34 @@ _MAX_STREAMS = 128
 _CHROMA_LOCATIONS = ("left", "center", "topleft", "top", "bottomleft", "bottom")
 # The log level is libav's only global that is touched here, and only for the length of one description.
 _LOG_LEVEL = threading.Lock()
+
+
+# What is asked for at once of a handle; small files and headers are read in one go, and Python is called seldom.
+_READ_BYTES = 1 << 17
+
+
+class RemoteVideo(Protocol):
+    """A video that is no local file. `name` is its last part, with the suffix."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its address."""
+
+    def open(self) -> BinaryIO:
+        """Return a fresh handle that can seek; whoever opened it closes it."""
+
+
+VideoSource = str | os.PathLike[str] | RemoteVideo
+
+
+def source_name(source: VideoSource) -> str:
+    """The name of a source for messages: the last part of its path or address."""
+    return source.name if is_remote(source) else Path(source).name
+
+
+def is_remote(source: VideoSource) -> TypeIs[RemoteVideo]:
+    """Whether the source is opened by itself, not by its path."""
+    return not isinstance(source, str | os.PathLike)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +88,37 @@ def check_size(width: int, height: int, limits: Limits, name: str) -> None:
         )
 
 
-def check_declared_sizes(path: str | os.PathLike[str], limits: Limits) -> None:
+class OpenVideo:
+    """An open container with the handle that it reads from; a context manager that gives the container."""
+
+    def __init__(self, container: av.container.InputContainer, handle: BinaryIO | None) -> None:
+        self.container = container
+        self._handle = handle
+
+    def __enter__(self) -> av.container.InputContainer:
+        return self.container
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release both; safe to call again."""
+        self.container.close()
+        if self._handle is not None:
+            self._handle.close()
+
+
+class _Named:
+    """A handle as PyAV takes it, with the name by which libav guesses formats that do not tell themselves."""
+
+    def __init__(self, handle: BinaryIO, name: str) -> None:
+        self.name = name
+        self.read, self.seek, self.tell = handle.read, handle.seek, handle.tell
+
+
+def check_declared_sizes(source: VideoSource, limits: Limits) -> None:
     """Compare the sizes in the header with the limits while no decoder may run, so that nothing is allocated.
 
     Raises:
@@ -66,28 +126,34 @@ def check_declared_sizes(path: str | os.PathLike[str], limits: Limits) -> None:
         VideoNotFound, UnreadableVideo: as in `open_input`.
     """
     # No codec has this name: libav then reads the header and opens no decoder to find out more.
-    with open_input(path, limits, {"codec_whitelist": "none"}) as container:
+    with open_input(source, limits, {"codec_whitelist": "none"}) as container:
         for stream in container.streams.video:
             if stream.codec_context is not None and stream.codec_context.width and stream.codec_context.height:
                 size = stream.codec_context.width, stream.codec_context.height
-                check_size(max(size[0], limits.min_side), max(size[1], limits.min_side), limits, Path(path).name)
+                check_size(max(size[0], limits.min_side), max(size[1], limits.min_side), limits, source_name(source))
 
 
-def open_input(
-    path: str | os.PathLike[str], limits: Limits, extra: dict[str, str] | None = None
-) -> av.container.InputContainer:
-    """Open a local media file for reading.
+def open_input(source: VideoSource, limits: Limits, extra: dict[str, str] | None = None) -> OpenVideo:
+    """Open a video for reading.
 
     Args:
-        path: a local file.
+        source: a local file, or a remote one, of which a handle is opened.
         limits: bounds what a decoder may allocate.
         extra: further libav container options; set by this module's callers, never by users.
 
     Raises:
         VideoNotFound: nothing there, or not a file.
         UnreadableVideo: empty, not media, a format that is not allowed, or a header that cannot be read.
+        Whatever the handle of a remote video raises.
     """
-    file = Path(path)
+    if is_remote(source):
+        handle = source.open()
+        try:
+            return OpenVideo(_open(_Named(handle, source.name), source.name, limits, extra), handle)
+        except BaseException:
+            handle.close()
+            raise
+    file = Path(source)
     if not file.exists():
         raise VideoNotFound(f"{file} does not exist.")
     if not file.is_file():
@@ -96,10 +162,14 @@ def open_input(
         raise UnreadableVideo(f"{file} may not be read.", remedy="Change its permissions.")
     if file.stat().st_size == 0:
         raise UnreadableVideo(f"{file} is empty (0 bytes).", remedy="Copy or download it again.")
+    # `file:` keeps a name with a colon in it from being taken for a protocol.
+    return OpenVideo(_open(f"file:{file.absolute()}", str(file), limits, extra), None)
+
+
+def _open(place: Any, name: str, limits: Limits, extra: dict[str, str] | None) -> av.container.InputContainer:
     try:
-        # `file:` keeps a name with a colon in it from being taken for a protocol.
         return av.open(
-            f"file:{file.absolute()}",
+            place,
             mode="r",
             options=decoder_bounds(limits),
             container_options={
@@ -109,10 +179,11 @@ def open_input(
                 **(extra or {}),
             },
             metadata_errors="replace",
+            buffer_size=_READ_BYTES,
         )
-    except (av.FFmpegError, ValueError, EOFError, OSError) as error:
+    except (av.FFmpegError, ValueError, EOFError) as error:
         raise UnreadableVideo(
-            f"{file} cannot be opened as video ({_reason(error)}).",
+            f"{name} cannot be opened as video ({_reason(error)}).",
             remedy="Check that it is a complete video file of a supported kind.",
         ) from error
 

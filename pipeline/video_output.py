@@ -19,7 +19,7 @@ import av
 from pipeline.encoder_options import container_for
 from pipeline.passthrough import Passthrough
 from pipeline.picture_encoder import PictureEncoder
-from pipeline.video_container import Limits, main_video_stream, open_input
+from pipeline.video_container import Limits, VideoSource, main_video_stream, open_input
 from pipeline.video_errors import EncodeError
 from pipeline.video_probe import VideoInfo
 
@@ -74,7 +74,7 @@ class VideoOutput:
     def open_file(
         self,
         encoder: PictureEncoder,
-        source_path: str | os.PathLike[str] | None,
+        source_path: VideoSource | None,
         *,
         bit_exact: bool,
         fragmented: bool = False,

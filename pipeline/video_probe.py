@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,12 +18,15 @@ from pipeline.colour import ColourTags, bit_depth_of
 from pipeline.interlacing import FieldStatistics
 from pipeline.video_container import (
     Limits,
+    VideoSource,
     check_declared_sizes,
     check_size,
     chroma_location,
     decoder_bounds,
+    is_remote,
     main_video_stream,
     open_input,
+    source_name,
 )
 from pipeline.video_errors import UnreadableVideo
 
@@ -131,23 +133,25 @@ class VideoInfo:
         return None
 
 
-def probe(path: str | os.PathLike[str], *, limits: Limits | None = None) -> VideoInfo:
-    """Describe a video file or a folder of PNG or JPEG pictures.
+def probe(path: VideoSource, *, limits: Limits | None = None) -> VideoInfo:
+    """Describe a video file, local or remote, or a local folder of PNG or JPEG pictures.
 
     Raises:
         VideoNotFound, UnreadableVideo, NoVideoStream, FrameTooLarge, FrameTooSmall: see `video_errors`.
     """
     limits = limits or Limits()
-    if Path(path).is_dir():
+    name = source_name(path)
+    local = Path(name) if is_remote(path) else Path(path)
+    if not is_remote(path) and local.is_dir():
         from pipeline.image_sequence import probe_sequence
 
-        return probe_sequence(Path(path), limits)
+        return probe_sequence(local, limits)
     check_declared_sizes(path, limits)
     with open_input(path, limits) as container:
-        stream = main_video_stream(container, Path(path).name)
+        stream = main_video_stream(container, name)
         context = stream.codec_context
         if context.width and context.height:
-            check_size(context.width, context.height, limits, Path(path).name)
+            check_size(context.width, context.height, limits, name)
         context.options = decoder_bounds(limits)
         # Decoding overwrites the context's tags with those of the bit stream, which may say less than the container.
         declared = ColourTags(
@@ -161,10 +165,10 @@ def probe(path: str | os.PathLike[str], *, limits: Limits | None = None) -> Vide
         first = next(pictures, None)
         if first is None:
             raise UnreadableVideo(
-                f"{Path(path).name}: no picture of its {context.name} stream can be decoded.",
+                f"{name}: no picture of its {context.name} stream can be decoded.",
                 remedy="The file is damaged; recover it or use another copy.",
             )
-        check_size(first.width, first.height, limits, Path(path).name)
+        check_size(first.width, first.height, limits, name)
         fields = FieldStatistics()
         side_data = set()
         mastering, light, matrix = None, None, None
@@ -182,7 +186,7 @@ def probe(path: str | os.PathLike[str], *, limits: Limits | None = None) -> Vide
         rate = stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
         duration_s = _duration_s(container, stream)
         return VideoInfo(
-            path=Path(path),
+            path=local,
             container=container.format.name,
             width=first.width,
             height=first.height,

@@ -6,12 +6,10 @@ The reader knows nothing of what happens to the pictures. Damage does not stop i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -21,7 +19,16 @@ import numpy as np
 from pipeline.colour import to_rgb
 from pipeline.image_sequence import ImageSequence
 from pipeline.interlacing import Deinterlacer
-from pipeline.video_container import Limits, check_size, decoder_bounds, main_video_stream, open_input
+from pipeline.video_container import (
+    Limits,
+    OpenVideo,
+    VideoSource,
+    check_size,
+    decoder_bounds,
+    main_video_stream,
+    open_input,
+    source_name,
+)
 from pipeline.video_errors import UnreadableVideo
 from pipeline.video_probe import VideoInfo, probe
 
@@ -55,7 +62,7 @@ class VideoReader:
     """Iterate over the pictures of a file or of a folder of PNG or JPEG pictures; a context manager.
 
     Args:
-        path: the source.
+        path: the source, local or remote; a handle of its own is opened for each pass.
         deinterlace: "auto" filters when the source is interlaced, "on" always, "off" never.
         limits: see `Limits`.
         threads: decoder threads; the pictures do not depend on it.
@@ -74,7 +81,7 @@ class VideoReader:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: VideoSource,
         *,
         deinterlace: Deinterlace = "auto",
         limits: Limits | None = None,
@@ -88,14 +95,15 @@ class VideoReader:
         self.info = info or probe(path, limits=self.limits)
         self.damage: list[str] = []
         self.frames_read = 0
-        self._path = Path(path)
+        self._source = path
+        self._name = source_name(path)
         self._threads = threads
         self._start_pts, self._stop_pts = start_pts, stop_pts
         self._first_index = first_index
         self._deinterlacer: Deinterlacer | None = None
         if deinterlace == "on" or (deinterlace == "auto" and self.info.interlaced):
             self._deinterlacer = Deinterlacer(every=deinterlace == "on" or not self.info.interlaced_flagged)
-        self._container: av.container.InputContainer | None = None
+        self._opened: OpenVideo | None = None
         self._last_pts: int | None = None
         self._size_noted = False
 
@@ -114,9 +122,9 @@ class VideoReader:
 
     def close(self) -> None:
         """Release the file; safe to call again."""
-        if self._container is not None:
-            self._container.close()
-            self._container = None
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
     def __iter__(self) -> Iterator[VideoFrame]:
         frames = self._sequence() if self.info.is_sequence else self._file()
@@ -128,7 +136,7 @@ class VideoReader:
     def stamps(self) -> Iterator[tuple[int, bytes]]:
         """(pts, closed captions) of every picture that decodes, without converting any: for comparing files."""
         if self.info.is_sequence:
-            sequence = ImageSequence(self._path, self.limits)
+            sequence = ImageSequence(self.info.path, self.limits)
             yield from ((index, b"") for index, one in enumerate(sequence.pictures(self.damage)) if one is not None)
             return
         container, stream = self._open()
@@ -139,7 +147,7 @@ class VideoReader:
         self._check_count()
 
     def _sequence(self) -> Iterator[VideoFrame]:
-        sequence = ImageSequence(self._path, self.limits)
+        sequence = ImageSequence(self.info.path, self.limits)
         for index, picture in enumerate(sequence.pictures(self.damage)):
             if picture is None or not self._wanted(index):
                 continue
@@ -150,8 +158,9 @@ class VideoReader:
 
     def _open(self) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
         self.close()
-        container = self._container = open_input(self._path, self.limits)
-        stream = main_video_stream(container, self._path.name)
+        self._opened = open_input(self._source, self.limits)
+        container = self._opened.container
+        stream = main_video_stream(container, self._name)
         context = stream.codec_context
         context.thread_count = self._threads
         context.thread_type = "AUTO"
@@ -233,7 +242,7 @@ class VideoReader:
                 yield frame
         if broken and not self.frames_read and self._last_pts is None:
             raise UnreadableVideo(
-                f"{self._path.name}: none of its pictures can be decoded.", remedy="Recover it or use another copy."
+                f"{self._name}: none of its pictures can be decoded.", remedy="Recover it or use another copy."
             )
 
     def _drain(self, stream: av.video.stream.VideoStream) -> Iterator[av.VideoFrame]:
@@ -264,7 +273,7 @@ class VideoReader:
     def _frame(self, picture: av.VideoFrame, time_base: Fraction) -> VideoFrame:
         info = self.info
         if (picture.width, picture.height) != (info.width, info.height):
-            check_size(picture.width, picture.height, self.limits, self._path.name)
+            check_size(picture.width, picture.height, self.limits, self._name)
             if not self._size_noted:
                 self._size_noted = True
                 self._note(

@@ -16,6 +16,7 @@ import av
 from pipeline.encoder_options import EncoderOptions
 from pipeline.image_sequence import encode_png
 from pipeline.picture_encoder import PictureEncoder, PictureOrder
+from pipeline.video_container import VideoSource
 from pipeline.video_errors import DestinationError, EncodeError
 from pipeline.video_output import VideoOutput, WriteReport
 from pipeline.video_probe import VideoInfo
@@ -47,7 +48,7 @@ class VideoWriter:
         width: int,
         height: int,
         options: EncoderOptions | None = None,
-        source_path: str | os.PathLike[str] | None = None,
+        source_path: VideoSource | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = Path(dst)
