@@ -1,8 +1,8 @@
 """Places that files are read from and written to, behind one small interface.
 
-Local paths are served here; an object store fits the same verbs, which are those that have an exact meaning there
-too: a write is whole or absent, `if_absent` is decided by the store and not by a look beforehand, nothing is appended.
-Knows nothing of videos or jobs.
+A *place* is a local path or `s3://bucket/key`. Local paths are served here, object stores in `infra/object_store.py`.
+The verbs are those that have an exact meaning in both: a write is whole or absent, `if_absent` is decided by the store
+and not by a look beforehand, nothing is appended. Knows nothing of videos or jobs.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from infra.errors import StorageError
 
@@ -33,8 +33,33 @@ class FileInfo:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of `size` bytes in an object store, to be read where this object travels to.
+
+    It stands for the content that had `version`: reading fails with `storage-changed` when there is another.
+    """
+
+    place: str
+    size: int
+    version: str
+
+    @property
+    def name(self) -> str:
+        """The last part of its place."""
+        return self.place.rpartition("/")[2]
+
+    def open(self) -> BinaryIO:
+        """Return a fresh seekable handle at the beginning; it may be used by one thread at a time."""
+        from infra.object_store import ObjectStore
+
+        return ObjectStore().reader(self.place, self.size, self.version)
+
+
 class Storage(Protocol):
     """The verbs. Every method raises `StorageError` when the place cannot be used."""
+
+    is_local: bool
 
     def stat(self, place: str) -> FileInfo | None:
         """Return what is known of the file or folder at `place`, or None when there is none."""
@@ -48,11 +73,17 @@ class Storage(Protocol):
     def read(self, place: str) -> bytes:
         """Return the content of a small file."""
 
+    def open(self, place: str) -> BinaryIO:
+        """Return a seekable file for reading; from an object store it comes in ranges, with read-ahead."""
+
+    def fetch(self, place: str, local_file: Path) -> None:
+        """Copy a whole file to `local_file`, which is complete or absent."""
+
     def write(self, place: str, content: bytes, *, if_absent: bool = False) -> None:
         """Write a small file as a whole; with `if_absent` refuse when there is one already."""
 
     def publish(self, local_file: Path, place: str, *, if_absent: bool = False) -> None:
-        """Move a finished local file to `place`, whole or not at all."""
+        """Move a finished local file, or a folder of pictures, to `place`, whole or not at all."""
 
     def delete(self, place: str) -> None:
         """Delete the file or the tree at `place`; nothing there is no error."""
@@ -63,6 +94,47 @@ class Storage(Protocol):
     def check_writable(self, place: str) -> None:
         """Raise unless a file could be written at `place`; leaves nothing behind."""
 
+    def free_bytes(self, place: str) -> int | None:
+        """Return how much can still be written at `place`; None where nobody knows."""
+
+    def abort_uploads(self, prefix: str) -> Sequence[str]:
+        """Remove what killed processes left of uploads to places that begin with `prefix`; return these places.
+
+        Uploads that are under way are aborted too: only for prefixes that nobody writes to now.
+        """
+
+
+def join(place: str, *parts: str) -> str:
+    """Return the place `parts` below the folder `place`."""
+    return "/".join([place.rstrip("/"), *parts]) if place else "/".join(parts)
+
+
+def parent(place: str) -> str:
+    """Return the folder that `place` lies in; a bucket lies in itself."""
+    if "://" not in place:
+        return str(Path(place).parent)
+    scheme, _, rest = place.rstrip("/").partition("://")
+    return f"{scheme}://{rest.rpartition('/')[0] or rest}"
+
+
+def video_source(place: str) -> Path | RemoteFile:
+    """Return what a video at `place` is read through: its path, or a handle for an object store.
+
+    Raises:
+        StorageError: there is no such object, or the store cannot be read. Local paths are not looked at.
+    """
+    storage = storage_for(place)
+    if storage.is_local:
+        return _path(place)
+    info = storage.stat(place)
+    if info is None:
+        raise StorageError(
+            f"Cannot read {place}: there is no such object.",
+            code="storage-missing",
+            remedy="Check bucket, key and AWS_ENDPOINT_URL.",
+        )
+    return RemoteFile(place, info.size_bytes, info.version)
+
 
 def storage_for(place: str) -> Storage:
     """Return the store that serves `place`.
@@ -71,17 +143,24 @@ def storage_for(place: str) -> Storage:
         StorageError: `place` is a URL with a scheme that no store here serves.
     """
     scheme, separator, _ = place.partition("://")
+    if separator and scheme == "s3":
+        from infra.object_store import ObjectStore
+
+        return ObjectStore()
     if separator and scheme != "file":
+        shown = place.partition("?")[0]  # what follows may be a signature
         raise StorageError(
-            f"{place} is in a kind of storage ({scheme}://) that this version cannot use.",
+            f"{shown} is in a kind of storage ({scheme}://) that this version cannot use.",
             code="storage-scheme",
-            remedy="Give a local path; copy the files or mount the store.",
+            remedy="Give a local path or s3://bucket/key; copy the files or mount the store.",
         )
     return LocalStorage()
 
 
 class LocalStorage:
     """Files of this machine or of a file system mounted on it."""
+
+    is_local = True
 
     def stat(self, place: str) -> FileInfo | None:
         with _translated("read", place):
@@ -104,6 +183,8 @@ class LocalStorage:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):  # as an object store: nothing is no error
                 raise error
 
+        if not _path(prefix).is_dir():
+            return
         with _translated("list", prefix):
             for folder, folders, names in os.walk(_path(prefix), onerror=refuse):
                 folders.sort()
@@ -124,20 +205,24 @@ class LocalStorage:
         with _translated("read", place):
             return _path(place).read_bytes()
 
+    def open(self, place: str) -> BinaryIO:
+        with _translated("read", place):
+            return _path(place).open("rb")
+
+    def fetch(self, place: str, local_file: Path) -> None:
+        with _translated("read", place):
+            content = _path(place).open("rb")
+        with content, _translated("write", str(local_file)):
+            local_file.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(local_file) as file:
+                shutil.copyfileobj(content, file, 1 << 20)
+
     def write(self, place: str, content: bytes, *, if_absent: bool = False) -> None:
         path = _path(place)
         with _translated("write", place):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.chmod(temporary, 0o666 & ~_umask())
-                self._move(Path(temporary), path, if_absent)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            with whole_file(path, move=lambda temporary: self._move(temporary, path, if_absent)) as file:
+                file.write(content)
 
     def publish(self, local_file: Path, place: str, *, if_absent: bool = False) -> None:
         path = _path(place)
@@ -177,6 +262,14 @@ class LocalStorage:
                 for folder in reversed(made):
                     folder.rmdir()
 
+    def free_bytes(self, place: str) -> int | None:
+        path = _path(place).absolute()
+        with _translated("read", place):
+            return shutil.disk_usage(next(folder for folder in [path, *path.parents] if folder.exists())).free
+
+    def abort_uploads(self, prefix: str) -> Sequence[str]:
+        return ()  # a rename has no parts
+
     @staticmethod
     def _move(source: Path, target: Path, if_absent: bool) -> None:
         if not if_absent:
@@ -198,6 +291,24 @@ class LocalStorage:
             os.replace(source, target)
         else:
             source.unlink()
+
+
+@contextmanager
+def whole_file(path: Path, move: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
+    """Yield a file beside `path` that takes its name (by `move`, or a rename) when all has been written and is safe."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        if move is None:
+            os.replace(temporary, path)
+        else:
+            move(Path(temporary))
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _path(place: str) -> Path:

@@ -108,7 +108,7 @@ class Server:
             aws_access_key_id=access_key,
             aws_secret_access_key=secret,
             region_name="us-east-1",
-            config=Config(s3={"addressing_style": "path"}, signature_version="s3v4", retries={"max_attempts": 5}),
+            config=Config(s3={"addressing_style": "path"}, response_checksum_validation="when_required"),
         )
 
     def __enter__(self) -> Any:
