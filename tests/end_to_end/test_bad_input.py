@@ -113,7 +113,7 @@ def test_a_container_that_is_not_written(refuse: Callable[..., str], good: Path,
 
 
 def test_storage_that_is_not_served(refuse: Callable[..., str], good: Path) -> None:
-    assert "s3://" in refuse(6, good, "s3://bucket/out.mp4")
+    assert "gs://" in refuse(6, good, "gs://bucket/out.mp4")
 
 
 def test_an_unknown_model(refuse: Callable[..., str], good: Path, tmp_path: Path) -> None:

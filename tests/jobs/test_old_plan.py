@@ -85,8 +85,8 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         select(str(tmp_path / "films"), str(tmp_path / "a.mp4"))
     with pytest.raises(UnsupportedOutput, match=r"\.gif"):
         select(str(tmp_path / "a.mp4"), "out.gif")
-    with pytest.raises(StorageError, match="s3://"):
-        select(str(tmp_path / "a.mp4"), "s3://bucket/out.mp4")
+    with pytest.raises(StorageError, match="gs://"):
+        select(str(tmp_path / "a.mp4"), "gs://bucket/out.mp4")
 
 
 def test_the_run_id_changes_with_whatever_changes_the_result() -> None:
