@@ -180,6 +180,22 @@ def cancel(
 
 
 @app.command()
+def report(
+    dst: Finished,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    samples: Annotated[
+        int, typer.Option(min=0, max=1000, help="Restored videos that are judged by some of their frames.")
+    ] = 12,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Write one HTML page about what was restored to DST: totals, speed, pictures, failures, every video."""
+    from jobs.report import report_command
+
+    return report_command(dst, output=output, samples=samples, as_json=as_json)
+
+
+@app.command()
 def verify(
     src: Source,
     dst: Destination,

@@ -41,7 +41,7 @@ def forecast(history: Sequence[tuple[float, int]], frames_left: int) -> Forecast
     start, end = points[0][0], points[-1][0]
     windows = min(_WINDOWS, len(points) - 1)
     edges = [start + (end - start) * k / windows for k in range(windows + 1)]
-    at_edges = [_at(points, edge) for edge in edges]
+    at_edges = [frames_at(points, edge) for edge in edges]
     rates = [(b - a) * windows / (end - start) for a, b in pairwise(at_edges)]
     recent = rates[len(rates) // 2 :]
     fps = sum(recent) / len(recent)
@@ -56,8 +56,8 @@ def forecast(history: Sequence[tuple[float, int]], frames_left: int) -> Forecast
     return Forecast(fps, left, left / (1 + _ERRORS * error), left / (1 - _ERRORS * error))
 
 
-def _at(points: Sequence[tuple[float, float]], when: float) -> float:
-    """Frames at a point in time, between two points in proportion."""
+def frames_at(points: Sequence[tuple[float, float]], when: float) -> float:
+    """Return the frames done at a point in time not before the first point; between two points in proportion."""
     number = bisect_right([at for at, _ in points], when)
     if number >= len(points):
         return points[-1][1]

@@ -99,15 +99,17 @@ def _render_job(job: JobStatus) -> RenderableType:
     grid.add_row("job", _text(f"{job.source} -> {job.destination}"))
     workers = f", {_count(job.actors, 'worker')}" if job.actors and job.is_open else ""
     grid.add_row("state", _text(_state(job) + workers))
-    told = f"{job.finished:,} finished, {len(job.running):,} begun, {len(job.failed):,} failed, {job.waiting:,} waiting"
-    grid.add_row("videos", f"{told}, of {job.videos_total:,}" + (f"; {job.skipped:,} before" if job.skipped else ""))
+    begun = "running" if job.is_open else "begun"
+    told = f"{job.finished:,} finished, {len(job.running):,} {begun}, {len(job.failed):,} failed"
+    told = f"{told}, {job.waiting:,} waiting, of {job.videos_total:,}"
+    grid.add_row("videos", told + (f"; {job.skipped:,} before" if job.skipped else ""))
     grid.add_row("frames", _frames(job))
     if job.is_open or job.state == "silent":
         grid.add_row("time left", _text(_left(job)))
         grid.add_row("last sign", _text(_last_sign(job)))
     parts: list[RenderableType] = [grid]
     if job.running:
-        table = _table("begun", ("video", ""), ("frames", "right"), ("of", "right"), ("", "right"), ("fps", "right"))
+        table = _table(begun, ("video", ""), ("frames", "right"), ("of", "right"), ("", "right"), ("fps", "right"))
         for video in job.running[:_ROWS]:
             share = f"{100 * video.frames / video.total:.0f} %" if video.total else ""
             total = f"{video.total:,}" if video.total is not None else "?"

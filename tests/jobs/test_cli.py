@@ -27,6 +27,7 @@ SURFACE = {
     ],
     "upriver status": ["DST", "--watch", "--json", "--debug"],
     "upriver cancel": ["DST", "--wait", "--no-wait", "--json", "--debug"],
+    "upriver report": ["DST", "--output", "-o", "--samples", "--json", "--debug"],
     "upriver verify": ["SRC", "DST", "--scale", "--height", "--json", "--debug"],
     "upriver doctor": ["--model", "--device", "--dtype", "--flow", "--config", "--json", "--debug"],
     "upriver bench": [

@@ -56,7 +56,7 @@ def test_a_running_job(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", job.dst]) == 0
     told = capsys.readouterr().out
     assert "running for 10 min on tape-robot (process 4711), 2 workers" in told
-    assert "1 finished, 1 begun, 1 failed, 1 waiting, of 4" in told
+    assert "1 finished, 1 running, 1 failed, 1 waiting, of 4" in told
     assert "55 of 175 (31.4 %), 0.10 fps" in told
     assert re.search(r"about 2\d min \(\d+ min to 2\d min\)", told)
     assert re.search(r"b\.mp4 +35 +55 +64 % +5\.00", told)  # the open shot's last segment: 10 frames in 2 s
@@ -194,7 +194,7 @@ def test_a_fresh_report_of_a_large_job_needs_few_reads(tmp_path: Path, monkeypat
 
     reads: list[str] = []
     read = LocalStorage.read
-    monkeypatch.setattr(LocalStorage, "read", lambda self, place: (reads.append(place), read(self, place))[1])
+    monkeypatch.setattr(LocalStorage, "read", lambda self, place: reads.append(place) or read(self, place))  # type: ignore[func-returns-value]
     told = read_status(job.dst).jobs[0]
     assert (told.finished, len(told.running), told.waiting) == (4000, 100, 5900)
     assert len(reads) < 40
