@@ -13,11 +13,11 @@ import sys
 import time
 from datetime import UTC, datetime
 
-from infra.storage import storage_for
+from infra.storage import join, storage_for
 from jobs.errors import ExitCode, NoInputError
 from jobs.forecast import duration
 from jobs.manifest import timestamp
-from jobs.observation import Area, below, read_areas
+from jobs.observation import Area, read_areas
 from jobs.standing import SILENT_AFTER_S
 
 CANCEL = "cancel"
@@ -27,17 +27,17 @@ _LOOK_S = 1.0
 def request_cancel(area: str) -> None:
     """Leave the request in a work area, with the time, the user and the machine that it comes from."""
     request = {"requested_at": timestamp(), "user": _user(), "host": socket.gethostname()}
-    storage_for(area).write(below(area, CANCEL), json.dumps(request).encode() + b"\n")
+    storage_for(area).write(join(area, CANCEL), json.dumps(request).encode() + b"\n")
 
 
 def is_cancelled(area: str) -> bool:
     """Return whether somebody asked the job in this work area to stop."""
-    return storage_for(area).stat(below(area, CANCEL)) is not None
+    return storage_for(area).stat(join(area, CANCEL)) is not None
 
 
 def withdraw_cancel(area: str) -> None:
     """Take a request back; a job that starts does it too, since the request was for the one before."""
-    storage_for(area).delete(below(area, CANCEL))
+    storage_for(area).delete(join(area, CANCEL))
 
 
 def cancel_command(dst: str, *, wait: bool, as_json: bool) -> int:

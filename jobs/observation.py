@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from actors.records import SegmentRecord
 from infra.errors import StorageError
-from infra.storage import storage_for
+from infra.storage import join, storage_for
 from jobs.errors import JobsError
 from jobs.manifest import MANIFEST_SUFFIX, Manifest
 from jobs.records import JOB, LEDGER, PLAN, PROGRESS, SEGMENTS, VIDEOS, JobRecord, LedgerRecord, Progress, VideoPlan
@@ -75,15 +75,10 @@ def moment(stamp: str) -> datetime:
     return read if read.tzinfo else read.replace(tzinfo=UTC)
 
 
-def below(place: str, *parts: str) -> str:
-    """Return the place `parts` below `place`."""
-    return "/".join([place.rstrip("/"), *parts])
-
-
 def area_places(dst: str) -> list[str]:
     """Return the work areas of the jobs that write `dst`, be it a file, a folder or a prefix."""
     storage = storage_for(dst)
-    tops = [f"{dst.rstrip('/')}{TOP}", below(dst, TOP)]
+    tops = [f"{dst.rstrip('/')}{TOP}", join(dst, TOP)]
     return [place.rstrip("/") for top in tops for place in storage.folders(top)]
 
 
@@ -95,16 +90,16 @@ def read_areas(dst: str) -> list[Area]:
     """
     areas = []
     for place in area_places(dst):
-        job = _read_if_there(below(place, JOB), JobRecord, strict=True)
+        job = _read_if_there(join(place, JOB), JobRecord, strict=True)
         if job is not None:
-            areas.append(Area(place, job, _read_if_there(below(place, PROGRESS), Progress)))
+            areas.append(Area(place, job, _read_if_there(join(place, PROGRESS), Progress)))
     areas.sort(key=lambda area: moment(area.job.started_at), reverse=True)
     return sorted(areas, key=lambda area: not area.is_open)
 
 
 def read_ledger(area: str) -> list[LedgerRecord]:
     """Return every failed attempt of a job; a line that was cut short by a crash is passed over."""
-    content = _content(below(area, LEDGER))
+    content = _content(join(area, LEDGER))
     records = []
     for line in (content or b"").splitlines():
         try:
@@ -122,7 +117,7 @@ def final_failures(ledger: Iterable[LedgerRecord]) -> dict[str, LedgerRecord]:
 def read_plans(area: str, run_ids: Iterable[str]) -> dict[str, VideoPlan]:
     """Return the plans of these videos, as far as they are there."""
     wanted = list(run_ids)
-    found = _read_many([below(area, VIDEOS, run_id, PLAN) for run_id in wanted], VideoPlan)
+    found = _read_many([join(area, VIDEOS, run_id, PLAN) for run_id in wanted], VideoPlan)
     return {run_id: plan for run_id, plan in zip(wanted, found, strict=True) if plan is not None}
 
 
@@ -151,7 +146,7 @@ def recorded(dst: str, area: Area) -> Recorded:
     found = Recorded()
     manifests = read_manifests(manifest_places(dst))
     found.finished = {manifest.run_id for manifest in manifests.values()}
-    videos = below(area.place, VIDEOS)
+    videos = join(area.place, VIDEOS)
     names: dict[str, list[str]] = {}  # of the segment records, by run id
     for info in storage_for(videos).list(f"{videos}/"):
         run_id, _, rest = info.place.removeprefix(f"{videos}/").partition("/")
@@ -164,7 +159,7 @@ def recorded(dst: str, area: Area) -> Recorded:
     for run_id, plan in found.plans.items():
         found.frames[run_id] = sum(_frames_of(plan, name) for name in names[run_id])
         if names[run_id] and run_id not in found.finished:
-            newest += [below(videos, run_id, SEGMENTS, name) for name in _last_of_each_shot(names[run_id])]
+            newest += [join(videos, run_id, SEGMENTS, name) for name in _last_of_each_shot(names[run_id])]
     signs = [moment(record.finished_at) for record in _read_many(newest, SegmentRecord) if record is not None]
     found.last_sign = max(signs, default=None)
     return found
@@ -172,7 +167,7 @@ def recorded(dst: str, area: Area) -> Recorded:
 
 def current_fps(area: str, plan: VideoPlan) -> float | None:
     """Return how fast a video is being restored: by the last segment of each of its shots that is not finished."""
-    segments = below(area, VIDEOS, plan.run_id, SEGMENTS)
+    segments = join(area, VIDEOS, plan.run_id, SEGMENTS)
     names = [info.place.rpartition("/")[2] for info in storage_for(segments).list(f"{segments}/")]
     done: dict[int, int] = {}
     names = [name for name in names if _RECORD_NAME.fullmatch(name)]
@@ -180,7 +175,7 @@ def current_fps(area: str, plan: VideoPlan) -> float | None:
         done[_shot(name)] = done.get(_shot(name), 0) + _frames_of(plan, name)
     open_shots = {shot.number for shot in plan.shots if done.get(shot.number, 0) < shot.frames}
     last = [name for name in _last_of_each_shot(names) if _shot(name) in open_shots]
-    records = _read_many([below(segments, name) for name in last], SegmentRecord)
+    records = _read_many([join(segments, name) for name in last], SegmentRecord)
     rates = [
         record.frames / total
         for record in records

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import StorageError
-from infra.storage import storage_for
+from infra.storage import join, storage_for, video_source
 from jobs.errors import ExitCode, UsageError
 from jobs.manifest import MANIFEST_SUFFIX, Manifest, timestamp
 from jobs.observation import (
     Area,
     area_places,
-    below,
     final_failures,
     manifest_places,
     moment,
@@ -205,7 +204,7 @@ def _name(place: str, manifest: Manifest, dst: str, names: dict[str, str]) -> st
     if manifest.run_id in names:
         return names[manifest.run_id]
     result = place.removesuffix(MANIFEST_SUFFIX)
-    return result.removeprefix(below(dst, "")) if result != dst.rstrip("/") else result.rpartition("/")[2]
+    return result.removeprefix(join(dst, "")) if result != dst.rstrip("/") else result.rpartition("/")[2]
 
 
 def _plans_by_name(areas: Sequence[Area], job: JobStatus | None) -> dict[str, VideoPlan]:
@@ -300,7 +299,7 @@ def _look_up_durations(videos: Sequence[VideoRow], finished: dict[str, Manifest]
     limits = Limits(min_side=1, max_side=8 * 8192, max_pixels=16 * 8192 * 4320)
     for video in lacking:
         try:
-            video.duration_s = probe(_video(finished[video.name].output.path), limits=limits).duration_s
+            video.duration_s = probe(video_source(finished[video.name].output.path), limits=limits).duration_s
         except (VideoError, StorageError):  # moved away since: the manifest's figures stand
             continue
 
@@ -316,7 +315,7 @@ def _judge(finished: dict[str, Manifest], samples: int, quiet: bool) -> tuple[li
             print(f"judging {name}", file=sys.stderr)
         manifest = finished[name]
         try:
-            found = judge(_video(manifest.source.path), _video(manifest.output.path))
+            found = judge(video_source(manifest.source.path), video_source(manifest.output.path))
         except (PipelineError, StorageError, OSError):
             failed.append(name)
             continue
@@ -380,8 +379,3 @@ def _history_of(manifests: Sequence[Manifest]) -> list[tuple[float, float]]:
         at = start + (end - start) * k / _BINS
         points.append((at - start, sum(n * min(1.0, max(0.0, (at - a) / (b - a))) for a, b, n in spans)))
     return points
-
-
-def _video(place: str) -> Any:
-    """The place as `pipeline.video` reads it."""
-    return place.removeprefix("file://")

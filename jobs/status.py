@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.errors import StorageError
+from infra.storage import join
 from jobs.errors import ExitCode
 from jobs.forecast import duration
-from jobs.observation import below
 from jobs.standing import JobStatus, Status, as_plain, read_status
 
 _WATCH_S, _WATCH_SILENT_S = 3.0, 30.0
@@ -207,7 +207,7 @@ def _render_results(told: Status) -> RenderableType:
     for manifest in manifests[:_ROWS]:
         output = manifest.output
         note = "source damaged" if manifest.damage else ""
-        shown = output.path.removeprefix(below(told.destination, ""))
+        shown = output.path.removeprefix(join(told.destination, ""))
         table.add_row(_text(shown), f"{output.width}x{output.height}", f"{output.frames:,}", manifest.finished_at, note)
     more = [_text(f"and {told.results - _ROWS:,} more")] if told.results > _ROWS else []
     return Group(head, table, *more)
