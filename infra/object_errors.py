@@ -113,7 +113,7 @@ def _classified(error: Exception, host: str) -> tuple[str, str, str]:
         return "storage-unreachable", _unreachable(error, host), "Check AWS_ENDPOINT_URL and the network."
     if isinstance(error, botocore.SSLError):
         return "storage-tls", f"no secure connection to {host}", "Check the certificate, or AWS_CA_BUNDLE."
-    if isinstance(error, botocore.HTTPClientError):
+    if isinstance(error, botocore.HTTPClientError | botocore.IncompleteReadError | OSError):
         return "storage-unreachable", f"the connection to {host} broke or stalled", _LATER
     if isinstance(error, botocore.ParamValidationError):
         return "storage-place", "bucket or key are not possible", "Write s3://bucket/key."

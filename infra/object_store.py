@@ -27,7 +27,7 @@ from infra.uploads import abort_unfinished, upload
 SCHEME = "s3://"
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
-ATTEMPTS = 6  # of one request, with growing random pauses of at most 20 s
+ATTEMPTS = 12  # of one request, with growing random pauses: half a minute on average, so that a store can start again
 BODY_ATTEMPTS = 5  # of one range whose connection breaks while it is read
 _CHUNK = 1 << 20
 _PAGE = 1000  # names that a store gives at a time
@@ -41,7 +41,7 @@ def client_for(*, patient: bool = True) -> Any:
     """Return this process's client for the `AWS_*` variables as they are now; clients may be shared by threads.
 
     Args:
-        patient: try requests again for up to half a minute; otherwise say soon that the store cannot be reached.
+        patient: try requests again for about half a minute; otherwise say at once that the store cannot be reached.
 
     Raises:
         StorageError: profile or endpoint are not usable.

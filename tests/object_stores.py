@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +64,12 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        # Where it can be had, a store ends with the tests that started it, even when those are killed.
-        guard = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        # A shell that waits for the end of its input ends the store with the tests that started it, even killed ones.
+        command = ["sh", "-c", '{ "$@"; kill -9 0; } & read -r _; kill -9 0', "sh", *self.command()]
         with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen([*guard, *self.command()], cwd=self.folder, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                command, cwd=self.folder, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
         limit = time.monotonic() + START_TIMEOUT_S
         while not self.ready():
             if self._process.poll() is not None or time.monotonic() > limit:
@@ -79,8 +80,9 @@ class Server:
     def kill(self) -> None:
         """End it as a power cut would."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
             self._process = None
 
     stop = kill  # nothing that it holds is wanted after the tests
