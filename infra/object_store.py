@@ -303,6 +303,12 @@ class ObjectStore:
         with translated("delete what was written beside", place, client.meta.endpoint_url):
             client.delete_object(Bucket=bucket, Key=probe)
 
+    def check_reachable(self, place: str) -> None:
+        bucket, key = _split(place)
+        client = client_for(patient=False)
+        with translated("list", place, client.meta.endpoint_url):
+            client.list_objects_v2(Bucket=bucket, Prefix=_folder(key), MaxKeys=1)
+
     def free_bytes(self, place: str) -> int | None:
         """Return None: a store does not tell."""
         _split(place)

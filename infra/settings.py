@@ -61,6 +61,13 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         default=None, ge=1, le=256, description="CPU threads of each worker; none: all its cores"
     )
+    slots: int = Field(
+        default=1, ge=1, le=64, description="shots that each worker restores side by side, in shared batches"
+    )
+    exact: bool = Field(default=False, description="the same bits on every run: fp32, one thread, one shot at a time")
+    stall_seconds: float = Field(
+        default=1800.0, gt=0, le=86400, description="a worker that restores no frame for so long is ended"
+    )
     max_pixels: int = Field(default=8192 * 4320, ge=256, description="largest frame accepted, in pixels")
 
     @classmethod

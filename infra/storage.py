@@ -94,6 +94,9 @@ class Storage(Protocol):
     def check_writable(self, place: str) -> None:
         """Raise unless a file could be written at `place`; leaves nothing behind."""
 
+    def check_reachable(self, place: str) -> None:
+        """Raise at once when the store of `place` cannot be used; what is at `place` is not looked at."""
+
     def free_bytes(self, place: str) -> int | None:
         """Return how much can still be written at `place`; None where nobody knows."""
 
@@ -261,6 +264,9 @@ class LocalStorage:
             finally:
                 for folder in reversed(made):
                     folder.rmdir()
+
+    def check_reachable(self, place: str) -> None:
+        pass
 
     def free_bytes(self, place: str) -> int | None:
         path = _path(place).absolute()
