@@ -257,7 +257,7 @@ def _open_row(name: str, status: str, plans: dict[str, VideoPlan]) -> VideoRow:
 
 def _failed_row(failure: FailureRow, plans: dict[str, VideoPlan]) -> VideoRow:
     row = _open_row(failure.name, "failed", plans)
-    row.warnings.append(f"{failure.failure_class}: {failure.message}")
+    row.warnings.append(f"{failure.failure_class}: see Failures")
     return row
 
 

@@ -34,12 +34,12 @@ def film(
     rate: int = 25,
     sound: str | None = None,
     form: str | None = None,
-    **options: str,
+    options: dict[str, str] | None = None,
 ) -> Path:
     """Write a very small film, with a tone if `sound` names a codec."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format=form, container_options={"movflags": "faststart"}) as output:
-        stream: Any = output.add_stream(codec, rate=rate, options=options)
+        stream: Any = output.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
         tone: Any = output.add_stream(sound, rate=48000, layout="stereo") if sound else None
         for index in range(frames):
@@ -72,8 +72,8 @@ def make_good(folder: Path) -> set[str]:
     film(folder / "Überfall [1] 'a' $b %41.mp4")
     film(folder / "-dash.mp4")
     film(folder / "colour.mp4", "libx264", "yuv444p")
-    film(folder / "deep colour.mkv", "libx265", "yuv420p10le", **{"x265-params": "log-level=none:pools=none"})
-    film(folder / "web.webm", "libvpx-vp9", sound="libopus", **{"cpu-used": "8"})
+    film(folder / "deep colour.mkv", "libx265", "yuv420p10le", options={"x265-params": "log-level=none:pools=none"})
+    film(folder / "web.webm", "libvpx-vp9", sound="libopus", options={"cpu-used": "8"})
     film(folder / "odd.mkv", "ffv1", size=(33, 25))
     film(folder / "smallest.mkv", "ffv1", size=(16, 16))
     film(folder / "one frame.mp4", frames=1)
@@ -90,7 +90,7 @@ def make_good(folder: Path) -> set[str]:
 def make_damaged(folder: Path) -> set[str]:
     """Write 3 files of which a part can be restored."""
     before = names(folder)
-    data = film(folder / "whole.mp4", frames=40, crf="1", g="8").read_bytes()
+    data = film(folder / "whole.mp4", frames=40, options={"crf": "1", "g": "8"}).read_bytes()
     start = data.index(b"mdat") + 4
     (folder / "cut off.mp4").write_bytes(data[: start + (len(data) - start) * 6 // 10])
     holed = bytearray(data)
@@ -98,7 +98,7 @@ def make_damaged(folder: Path) -> set[str]:
     holed[middle - 1500 : middle + 1500] = bytes(3000)
     (folder / "hole.mp4").write_bytes(holed)
     (folder / "whole.mp4").unlink()
-    whole = film(folder / "whole.mkv", frames=40, crf="1", g="8")
+    whole = film(folder / "whole.mkv", frames=40, options={"crf": "1", "g": "8"})
     data = whole.read_bytes()
     middle = len(data) // 2
     (folder / "hole.mkv").write_bytes(data[:middle] + bytes(2000) + data[middle + 2000 :])
