@@ -97,7 +97,11 @@ class Shown:
 
 @dataclass(slots=True)
 class Report:
-    """What the page says. `throughput`: (seconds since the start, frames a second) over equal stretches of time."""
+    """What the page says.
+
+    `wall_s` and `mean_fps` are of the last run, if its records are there, else of everything. `throughput`: (seconds
+    since the start, frames a second) over equal stretches of time.
+    """
 
     destination: str
     source: str
@@ -106,6 +110,7 @@ class Report:
     state: str
     started_at: str
     wall_s: float | None
+    mean_fps: float | None
     videos: list[VideoRow]
     failures: list[FailureRow]
     throughput: list[tuple[float, float]]
@@ -176,6 +181,7 @@ def collect(dst: str, *, samples: int = DEFAULT_SAMPLES, quiet: bool = True) -> 
     _look_up_durations(videos, finished, dst)
     judged, shown, not_judged = _judge(finished, samples, quiet)
     first = next(iter(manifests.values()), None)
+    wall_s = _wall_s(job, manifests.values())
     return Report(
         destination=dst,
         source=job.source if job else "",
@@ -183,7 +189,8 @@ def collect(dst: str, *, samples: int = DEFAULT_SAMPLES, quiet: bool = True) -> 
         made_at=timestamp(),
         state=job.state if job else "finished",
         started_at=job.started_at if job else "",
-        wall_s=_wall_s(job, manifests.values()),
+        wall_s=wall_s,
+        mean_fps=_mean_fps(areas, manifests.values(), wall_s),
         videos=videos,
         failures=failures,
         throughput=_throughput(areas, list(manifests.values())),
@@ -201,6 +208,8 @@ def as_plain(report: Report) -> dict[str, Any]:
 
 
 def _name(place: str, manifest: Manifest, dst: str, names: dict[str, str]) -> str:
+    if own := getattr(manifest, "name", None):  # older manifests have none
+        return str(own)
     if manifest.run_id in names:
         return names[manifest.run_id]
     result = place.removesuffix(MANIFEST_SUFFIX)
@@ -223,7 +232,7 @@ def _finished_row(name: str, manifest: Manifest) -> VideoRow:
         name=name,
         status="damaged" if manifest.damage else "restored",
         frames=output.frames,
-        duration_s=getattr(output, "duration_s", None),
+        duration_s=getattr(manifest, "duration_s", None),
         source_bytes=manifest.source.size_bytes,
         result_bytes=output.size_bytes,
         width=output.width,
@@ -287,6 +296,14 @@ def _wall_s(job: JobStatus | None, manifests: Iterable[Manifest]) -> float | Non
         for each in manifests
     ]
     return max(end for _, end in spans) - min(start for start, _ in spans) if spans else None
+
+
+def _mean_fps(areas: Sequence[Area], manifests: Iterable[Manifest], wall_s: float | None) -> float | None:
+    """Frames of the last run over its time; videos that earlier runs finished do not count."""
+    if areas:
+        progress = areas[0].progress
+        return progress.frames_done / progress.elapsed_s if progress and progress.elapsed_s > 0 else None
+    return sum(each.output.frames for each in manifests) / wall_s if wall_s else None
 
 
 def _look_up_durations(videos: Sequence[VideoRow], finished: dict[str, Manifest], dst: str) -> None:

@@ -136,11 +136,11 @@ def _cards(report: Report) -> list[_Card]:
     finished = _Card("Videos", _number(len(done)), note=f"restored, of {_number(len(report.videos))}")
     cards = [finished, _Card("Footage", *_hours(sum(known)), note=_of_known(len(known), len(done)))]
     cards.append(_Card("Frames", _number(frames), note="restored"))
+    last = "of the last run" if report.started_at else "from the first video to the last"
     if report.wall_s:
-        cards.append(_Card("Wall time", duration(report.wall_s), note="from start to end of the run"))
-        cards.append(
-            _Card("Mean speed", _fps(frames / report.wall_s), "fps", "all workers together, start-up included")
-        )
+        cards.append(_Card("Wall time", duration(report.wall_s), note=last))
+    if report.mean_fps:
+        cards.append(_Card("Mean speed", _fps(report.mean_fps), "fps", "all workers together, start-up included"))
     if worker_s:
         share = f"{duration(model_s)} of it in the model" if model_s else ""
         cards.append(_Card(f"{kind} time", duration(worker_s), note=share))

@@ -160,7 +160,8 @@ def _frames(job: JobStatus) -> str:
     share = f" ({100 * job.frames_done / job.frames_total:.1f} %)" if job.frames_total else ""
     fps = f", {job.fps:.2f} fps" if job.fps else ""
     of = "of those planned" if job.state == "planning" or job.counted_from == "records" else "of"
-    return f"{job.frames_done:,} {of} {job.frames_total:,}{share}{fps}"
+    given_up = ", those of failed videos counted as done" if job.failed and job.counted_from == "progress" else ""
+    return f"{job.frames_done:,} {of} {job.frames_total:,}{share}{fps}{given_up}"
 
 
 def _left(job: JobStatus) -> str:

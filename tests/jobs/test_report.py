@@ -212,7 +212,7 @@ def test_ten_thousand_videos_with_long_names_fit_on_the_page() -> None:
     ]
     failures = [FailureRow(v.name, "decode", hostile * 4, hostile, 3, "h", "t") for v in videos if v.status == "failed"]
     report = Report(
-        *("s3://b/out", "s3://b/in", "tiny", "2026-01-01T00:00:00Z", "finished", "2026-01-01T00:00:00Z", 1e6),
+        *("s3://b/out", "s3://b/in", "tiny", "2026-01-01T00:00:00Z", "finished", "2026-01-01T00:00:00Z", 1e6, 5.0),
         *(videos, failures, [(10.0 * k, 5.0) for k in range(60)], [Judged("a", 1, 1, 1, 1)], [], []),
     )
     page = render(report)
