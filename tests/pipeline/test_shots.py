@@ -98,3 +98,61 @@ def test_the_smallest_pictures_and_a_change_of_size() -> None:
     assert small[0].shape[:2] == (15, 17)
     assert cuts(small) == []
     assert cuts([*small, *shot(scene(14), 2)]) == [4]
+
+
+def flashed(frame: np.ndarray, at: tuple[float, float], gain: float, offset: float) -> np.ndarray:
+    """A frame lit unevenly: brightest at a place given in shares of its sides, burnt out where it is too much."""
+    height, width = frame.shape[:2]
+    y, x = np.mgrid[0:height, 0:width]
+    near = np.exp(-((x / width - at[0]) ** 2 + (y / height - at[1]) ** 2) / 0.5)[..., None]
+    return np.clip(frame * (1 + (gain - 1) * near) + offset * near, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_uneven_flashes_of_up_to_three_pictures_are_no_cuts(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    frames = shot(scene(seed + 30), 30)
+    for first in (6, 14, 22):
+        for index in range(first, first + int(rng.integers(1, 4))):
+            frames[index] = flashed(frames[index], tuple(rng.uniform(0, 1, 2)), rng.uniform(1, 3), rng.uniform(20, 150))
+    assert cuts(frames) == []
+
+
+@pytest.mark.parametrize("speed", [10, 30, 60])
+def test_a_whip_pan_is_no_cut_also_over_fine_texture(speed: int) -> None:
+    rng = np.random.default_rng(speed)
+    texture = rng.normal(110, 40, (180, 880, 1)).repeat(3, 2)
+    fine_HWC = (texture + np.roll(texture, 1, 0) + np.roll(texture, 1, 1) + np.roll(texture, (1, 1), (0, 1))) / 4
+    for picture_HWC in (fine_HWC, scene(40 + speed)):
+        assert cuts(shot(picture_HWC, 11, speed=(speed, 3))) == []
+
+
+def test_a_zoom_is_no_cut() -> None:
+    whole = scene(50)[:, :300]
+    frames = []
+    for step in range(16):
+        height = int(180 * 0.94**step)
+        width = height * 300 // 180
+        rows = np.linspace(90 - height / 2, 89 + height / 2, 120).astype(int)
+        columns = np.linspace(150 - width / 2, 149 + width / 2, 200).astype(int)
+        frames.append(whole[rows][:, columns].astype(np.uint8))
+    assert cuts(frames) == cuts(frames[::-1]) == []
+
+
+def test_a_burnt_out_scene_that_stays_is_a_shot_of_its_own() -> None:
+    white = [np.maximum(frame, 250) for frame in shot(scene(60), 8)]
+    for frame in white:
+        frame[50:70, 80:140] = (20, 20, 60)
+    found = cuts(shot(scene(61), 8) + white)
+    assert len(found) == 1 and 8 <= found[0] <= 11
+
+
+def test_the_tensors_of_the_detector_before_are_still_read() -> None:
+    """Version 1: a grid of 18 x 32 shares of white, three pictures, no count of burnt ones."""
+    before, after = shot(scene(70), 6), shot(scene(71), 4)
+    new = CutDetector()
+    cuts(before, new)
+    tensors = new.tensors()
+    coarse_KYX = tensors["grids"].double().reshape(-1, 18, 2, 32, 2).mean((2, 4)).float() / 65535
+    old = {"grids": coarse_KYX[-3:], "colours": tensors["colours"][-3:], "usual": tensors["usual"]}
+    assert cuts(before[-1:] + after, CutDetector.from_tensors(old)) == [1]
