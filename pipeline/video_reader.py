@@ -37,7 +37,22 @@ Deinterlace = Literal["auto", "on", "off"]
 _CARRIED_SIDE_DATA = {"A53_CC": "a53_cc"}
 _MAX_NOTES = 20
 # How much further back each attempt to jump into a file goes.
-_SEEK_BACK_S = (0, 2, 10)
+_SEEK_BACK_S = (0, 1, 3, 10, 30, 100)
+# Containers that say of every packet when it is shown, or can compute it from where the packet lies.
+_TIMED_CONTAINERS = {
+    "mov",
+    "matroska",
+    "mpegts",
+    "mpeg",
+    "flv",
+    "asf",
+    "ogg",
+    "nut",
+    "mxf",
+    "ivf",
+    "dv",
+    "yuv4mpegpipe",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +60,8 @@ class VideoFrame:
     """One picture.
 
     `rgb_HWC` is uint8, or uint16 in full scale for sources deeper than 8 bits. `pts` and `duration` are in units of
-    `time_base` (0 = unknown duration). `index` counts presented pictures from 0. `side_data` holds (name, bytes)
-    of what belongs to this picture and is not pixels, such as closed captions.
+    `time_base`; where the file says no duration it is that of the average rate. `index` counts presented pictures from
+    0. `side_data` holds (name, bytes) of what belongs to this picture and is not pixels, such as closed captions.
     """
 
     rgb_HWC: np.ndarray
@@ -69,11 +84,13 @@ class VideoReader:
         start_pts, stop_pts: deliver only pictures with start_pts <= pts < stop_pts (stream time base); the file is
             read from the key frame before. For tasks that restore one shot.
         first_index: the index of the first delivered picture.
+        seek: jump to the key frame before `start_pts`; False reads, and drops, all that is before it.
         info: what `probe` said of this path, to save probing again.
 
     Attributes:
         info: the probed source.
         damage: filled while reading; empty means that everything decoded.
+        stamps_repaired: a picture had no time stamp, or one that did not increase, and got one by its neighbours'.
 
     Raises:
         VideoNotFound, UnreadableVideo, NoVideoStream, FrameTooLarge, FrameTooSmall: see `video_errors`.
@@ -89,6 +106,7 @@ class VideoReader:
         start_pts: int | None = None,
         stop_pts: int | None = None,
         first_index: int = 0,
+        seek: bool = True,
         info: VideoInfo | None = None,
     ) -> None:
         self.limits = limits or Limits()
@@ -100,9 +118,12 @@ class VideoReader:
         self._threads = threads
         self._start_pts, self._stop_pts = start_pts, stop_pts
         self._first_index = first_index
-        self._deinterlacer: Deinterlacer | None = None
-        if deinterlace == "on" or (deinterlace == "auto" and self.info.interlaced):
-            self._deinterlacer = Deinterlacer(every=deinterlace == "on" or not self.info.interlaced_flagged)
+        self._seek = seek
+        self.stamps_repaired = False
+        self._deinterlace = deinterlace
+        self._deinterlacer = self._new_deinterlacer()
+        # One picture's time at the average rate, in ticks.
+        self._step = max(1, round(1 / (self.info.average_rate * self.info.time_base)))
         self._opened: OpenVideo | None = None
         self._last_pts: int | None = None
         self._size_noted = False
@@ -146,6 +167,12 @@ class VideoReader:
             yield picture.pts or 0, b"".join(data for _, data in _carried(picture))
         self._check_count()
 
+    def _new_deinterlacer(self) -> Deinterlacer | None:
+        every = self._deinterlace == "on"
+        if every or (self._deinterlace == "auto" and self.info.interlaced):
+            return Deinterlacer(every=every or not self.info.interlaced_flagged)
+        return None
+
     def _sequence(self) -> Iterator[VideoFrame]:
         sequence = ImageSequence(self.info.path, self.limits)
         for index, picture in enumerate(sequence.pictures(self.damage)):
@@ -171,7 +198,26 @@ class VideoReader:
         return container, stream
 
     def _file(self) -> Iterator[VideoFrame]:
-        decoded_pictures, stream = self._from_start_pts()
+        known = len(self.damage)
+        found = self._jump()
+        if found is not None:
+            frames = self._presented(*found)
+            first = next(frames, None)
+            # A jump is believed when it leads to the very picture that was asked for, by stamps as they are.
+            if first is not None and first.pts == self._start_pts and not self.stamps_repaired:
+                yield first
+                yield from frames
+                return
+            self._last_pts, self.stamps_repaired = None, False
+            self._deinterlacer = self._new_deinterlacer()
+        del self.damage[known:]
+        container, stream = self._open()
+        yield from self._presented(self._decoded(container, stream), stream)
+
+    def _presented(
+        self, decoded_pictures: Iterator[av.VideoFrame], stream: av.video.stream.VideoStream
+    ) -> Iterator[VideoFrame]:
+        """The wanted ones of these pictures, stamped, deinterlaced and converted."""
         time_base = stream.time_base or self.info.time_base
         for decoded in decoded_pictures:
             self._stamp(decoded)
@@ -189,29 +235,40 @@ class VideoReader:
                 if self._wanted(picture.pts):
                     yield self._frame(picture, time_base)
 
-    def _from_start_pts(self) -> tuple[Iterator[av.VideoFrame], av.video.stream.VideoStream]:
-        """Decoded pictures from at or before `start_pts` on, or from the beginning without one.
+    def _jump(self) -> tuple[Iterator[av.VideoFrame], av.video.stream.VideoStream] | None:
+        """Decoded pictures from before `start_pts` on, each the same as if the file had been read from its beginning.
 
-        Containers without an index (MPEG-TS) jump to any place; if no picture from before the wanted one can be
-        decoded there, the jump was too short.
+        That holds from a key picture on: what is shown before the first one after a jump may lean on pictures that were
+        jumped over. Containers without an index (MPEG-TS) jump to any place; if no key picture lies between there and
+        the wanted one, the jump was too short. None: this place is to be reached from the beginning.
         """
-        container, stream = self._open()
-        if self._start_pts is None:
-            return self._decoded(container, stream), stream
+        if self._start_pts is None or not self._seek:
+            return None
         # The deinterlacer needs the picture before the first wanted one, hence strictly before.
         target = self._start_pts - int(self.deinterlaces)
+        if target <= self.info.start_pts:
+            return None
+        container, stream = self._open()
+        if not _can_jump(container, stream):
+            return None
+        self._prime(container, stream)
         for back_s in _SEEK_BACK_S:
+            at = target - round(back_s / (stream.time_base or 1))
+            if at < self.info.start_pts:
+                return None
             try:
-                container.seek(target - round(back_s / (stream.time_base or 1)), stream=stream, backward=True)
-            except (av.FFmpegError, OSError):
-                break
-            pictures = self._decoded(container, stream)
-            first = next(pictures, None)
-            if first is not None and first.pts is not None and first.pts <= target:
-                return chain((first,), pictures), stream
-            self.damage.clear()
-            container, stream = self._open()
-        return self._decoded(container, stream), stream
+                container.seek(at, stream=stream, backward=True)
+                pictures = self._decoded(container, stream)
+                key = _first_key(pictures, target)
+            except (av.FFmpegError, UnreadableVideo):
+                return None
+            if key is not None:
+                return chain((key,), pictures), stream
+        return None
+
+    def _prime(self, container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> None:
+        """Decode the first picture: some encoders say only there who they are, and decoders follow their habits."""
+        next(self._decoded(container, stream), None)
 
     def _decoded(
         self, container: av.container.InputContainer, stream: av.video.stream.VideoStream
@@ -229,16 +286,16 @@ class VideoReader:
                 yield from self._drain(stream)
                 break
             if packet.is_corrupt:
-                self._note(f"a packet is incomplete{_at(packet.pts, stream.time_base)}")
+                self._note("a packet is incomplete", packet.pts)
             try:
                 frames = packet.decode()
             except (av.FFmpegError, EOFError) as error:
                 broken += 1
-                self._note(f"a picture cannot be decoded{_at(packet.pts, stream.time_base)} ({_words(error)})")
+                self._note("a picture cannot be decoded", packet.pts, f" ({_words(error)})")
                 continue
             for frame in frames:
                 if frame.is_corrupt:
-                    self._note(f"a picture is damaged and concealed{_at(frame.pts, stream.time_base)}")
+                    self._note("a picture is damaged and concealed", frame.pts)
                 yield frame
         if broken and not self.frames_read and self._last_pts is None:
             raise UnreadableVideo(
@@ -253,13 +310,13 @@ class VideoReader:
 
     def _stamp(self, frame: av.VideoFrame) -> None:
         """Give every picture a time stamp above the one before; containers without stamps get the average rate."""
-        rate, time_base = self.info.average_rate, self.info.time_base
-        step = max(1, round(1 / (rate * time_base)))
         pts = frame.pts
         if pts is None:
-            pts = self.info.start_pts if self._last_pts is None else self._last_pts + step
+            self.stamps_repaired = True
+            pts = self.info.start_pts if self._last_pts is None else self._last_pts + self._step
         elif self._last_pts is not None and pts <= self._last_pts:
-            self._note(f"a time stamp does not increase{_at(pts, time_base)}")
+            self._note("a time stamp does not increase", pts)
+            self.stamps_repaired = True
             pts = self._last_pts + 1
         frame.pts = self._last_pts = pts
 
@@ -277,14 +334,15 @@ class VideoReader:
             if not self._size_noted:
                 self._size_noted = True
                 self._note(
-                    f"the picture size changes to {picture.width}x{picture.height}{_at(picture.pts, time_base)}; "
-                    f"such pictures are scaled to {info.width}x{info.height}"
+                    f"the picture size changes to {picture.width}x{picture.height}",
+                    picture.pts,
+                    f"; such pictures are scaled to {info.width}x{info.height}",
                 )
         return VideoFrame(
             rgb_HWC=to_rgb(picture, info.colour, width=info.width, height=info.height, threads=self._threads),
             pts=picture.pts or 0,
             time_base=time_base,
-            duration=picture.duration or 0,
+            duration=picture.duration or self._step,
             index=self._first_index + self.frames_read,
             key_frame=bool(picture.key_frame),
             side_data=_carried(picture),
@@ -298,11 +356,37 @@ class VideoReader:
         if promised and self.frames_read < promised:
             self._note(f"{self.frames_read} of {promised} pictures could be decoded")
 
-    def _note(self, text: str) -> None:
+    def _note(self, text: str, pts: int | None = None, more: str = "") -> None:
+        """Add a sentence to `damage`, unless it is of a picture outside the range: that is for others to report."""
+        if pts is not None and not self._wanted(pts):
+            return
+        place = f" at {float(pts * self.info.time_base):.3f} s" if pts is not None else ""
         if len(self.damage) < _MAX_NOTES:
-            self.damage.append(text)
+            self.damage.append(text + place + more)
         elif len(self.damage) == _MAX_NOTES:
             self.damage.append("and more of the like")
+
+
+def _can_jump(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> bool:
+    """Whether a jump into this container is sure to arrive where it says.
+
+    AVI counts packets instead of timing them: after a jump the count is right only if its index names every packet.
+    Bare streams of pictures have neither.
+    """
+    name = container.format.name.partition(",")[0]
+    if name == "avi":
+        return bool(stream.frames) and len(stream.index_entries) >= stream.frames
+    return name in _TIMED_CONTAINERS
+
+
+def _first_key(pictures: Iterator[av.VideoFrame], target: int) -> av.VideoFrame | None:
+    """The first key picture, if it is shown at `target` or before; None if the first one comes too late."""
+    for picture in pictures:
+        if picture.pts is None or picture.pts > target:
+            return None
+        if picture.key_frame:
+            return picture
+    return None
 
 
 def _carried(picture: av.VideoFrame) -> tuple[tuple[str, bytes], ...]:
@@ -310,10 +394,6 @@ def _carried(picture: av.VideoFrame) -> tuple[tuple[str, bytes], ...]:
     return tuple(
         (_CARRIED_SIDE_DATA[item.type.name], bytes(item)) for item in side_data if item.type.name in _CARRIED_SIDE_DATA
     )
-
-
-def _at(pts: int | None, time_base: Fraction | None) -> str:
-    return f" at {float(pts * time_base):.3f} s" if pts is not None and time_base else ""
 
 
 def _words(error: BaseException) -> str:

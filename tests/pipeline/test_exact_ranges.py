@@ -1,0 +1,156 @@
+"""A range read by jumping gives the very pictures of a sequential read, whatever codec, container and key frames."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from pipeline.video import VideoFrame, VideoReader, probe
+from pipeline.video_reader import Deinterlace
+from tests.video_files import make_bad_files, picture, woven
+
+FRAMES = 60
+_OPEN = {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3:scenecut=0", "preset": "veryfast"}
+_REFRESH = {"x264-params": "intra-refresh=1:keyint=20", "preset": "veryfast"}
+_HEVC = {"x265-params": "open-gop=1:keyint=12:min-keyint=12:bframes=4:scenecut=0:log-level=none:pools=1"}
+_VP9 = {"crf": "30", "b": "0", "cpu-used": "8", "g": "12", "auto-alt-ref": "1", "lag-in-frames": "16"}
+_MPEG = {"b": "2000000", "bf": "2", "g": "12"}
+_FIELDS = {**_MPEG, "flags": "+ildct+ilme"}
+_VARIABLE = [1000 * at + (at * at * 37) % 700 for at in range(FRAMES)]
+KINDS: dict[str, tuple[str, str, dict[str, str], dict[str, Any]]] = {
+    "h264 with open groups, MP4": ("a.mp4", "libx264", _OPEN, {}),
+    "h264 with open groups, Matroska": ("b.mkv", "libx264", _OPEN, {}),
+    "h264 with open groups, MPEG-TS that starts late": ("c.ts", "libx264", _OPEN, {"start": 5000}),
+    "h264 in fragments": ("d.mp4", "libx264", _OPEN, {"container": {"movflags": "frag_keyframe+empty_moov"}}),
+    "h264 of a variable rate": ("e.mp4", "libx264", _OPEN, {"stamps": _VARIABLE, "time_base": Fraction(1, 30000)}),
+    "h264 without key frames": ("f.mkv", "libx264", _REFRESH, {}),
+    "h264 that starts below zero": ("g.mp4", "libx264", _OPEN, {"start": -8}),
+    "bare h264": ("h.h264", "libx264", _OPEN, {}),
+    "h265 with open groups": ("i.mkv", "libx265", _HEVC, {}),
+    "vp9 with hidden pictures": ("j.webm", "libvpx-vp9", _VP9, {}),
+    "mpeg2, MPEG-TS": ("k.ts", "mpeg2video", _MPEG, {}),
+    "mpeg2 fields, program stream": ("l.mpg", "mpeg2video", _FIELDS, {"fields": True}),
+    "mpeg2 fields, MXF": ("m.mxf", "mpeg2video", _FIELDS, {"fields": True}),
+    "mpeg4, AVI": ("n.avi", "mpeg4", _MPEG, {}),
+    "wmv, ASF": ("o.asf", "wmv2", {"b": "2000000", "g": "12"}, {}),
+    "prores": ("p.mov", "prores_ks", {}, {"pix_fmt": "yuv422p10le"}),
+}
+
+
+def write(path: Path, codec: str, options: dict[str, str], **how: Any) -> Path:
+    with av.open(str(path), "w", container_options=how.get("container", {})) as output:
+        stream: Any = output.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, how.get("pix_fmt", "yuv420p")
+        stream.codec_context.thread_count = 1
+        if "time_base" in how:
+            stream.codec_context.time_base = how["time_base"]
+        for index in range(FRAMES):
+            noise_HWC = np.random.default_rng(index).integers(-12, 12, (64, 96, 3))
+            scene_HWC = woven(index) if how.get("fields") else picture(index)
+            rgb_HWC = np.clip(scene_HWC + noise_HWC, 0, 255).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(rgb_HWC, format="rgb24").reformat(format=stream.pix_fmt)
+            frame.pts = how["stamps"][index] if "stamps" in how else index + how.get("start", 0)
+            if "time_base" in how:
+                frame.time_base = how["time_base"]
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranges")
+
+
+def seen(frames: Iterator[VideoFrame]) -> list[tuple[int, int, bool, str]]:
+    return [(one.pts, one.duration, one.key_frame, hashlib.sha256(one.rgb_HWC.tobytes()).hexdigest()) for one in frames]
+
+
+def check_ranges(path: Path, deinterlace: Deinterlace = "off", *, ranges: int = 4, **options: Any) -> VideoReader:
+    info = probe(path)
+    with VideoReader(path, info=info, deinterlace=deinterlace, threads=1) as whole:
+        frames = seen(iter(whole))
+    count = len(frames)
+    chance = random.Random(f"{path.name}")
+    cuts = [(0, 5), (count - 3, count), *(tuple(sorted(chance.sample(range(count + 1), 2))) for _ in range(ranges))]
+    for first, end in cuts:
+        stop = frames[end][0] if end < count else None
+        with VideoReader(
+            path, info=info, deinterlace=deinterlace, threads=2, start_pts=frames[first][0], stop_pts=stop, **options
+        ) as part:
+            assert seen(iter(part)) == frames[first:end], (path.name, first, end)
+    return whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_range_is_what_a_sequential_read_gives(folder: Path, kind: str) -> None:
+    name, codec, options, how = KINDS[kind]
+    check_ranges(write(folder / name, codec, options, **how))
+
+
+@pytest.mark.parametrize("name", ["b.mkv", "k.ts", "l.mpg", "m.mxf"])
+def test_the_deinterlacer_sees_both_neighbours_of_a_range(folder: Path, name: str) -> None:
+    _, codec, options, how = next(kind for kind in KINDS.values() if kind[0] == name)
+    check_ranges(write(folder / name, codec, options, **how), "on")
+
+
+def test_an_index_that_is_missing_is_not_needed(folder: Path, tmp_path: Path) -> None:
+    avi = write(tmp_path / "whole.avi", "mpeg4", _MPEG).read_bytes()
+    (tmp_path / "no_index.avi").write_bytes(avi[: avi.rindex(b"idx1")])
+    (tmp_path / "cut.avi").write_bytes(avi[: len(avi) * 2 // 3])
+    check_ranges(tmp_path / "no_index.avi")
+    check_ranges(tmp_path / "cut.avi")
+    source = write(tmp_path / "cues.mkv", "libx264", _OPEN)
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    pipe = Pipe()
+    with av.open(str(source)) as before, av.open(pipe, "w", format="matroska") as after:
+        copy = after.add_stream_from_template(before.streams.video[0])
+        for packet in before.demux(before.streams.video[0]):
+            if packet.size:
+                packet.stream = copy
+                after.mux(packet)
+    (tmp_path / "no_cues.mkv").write_bytes(pipe.getvalue())
+    check_ranges(tmp_path / "no_cues.mkv")
+
+
+def test_a_file_that_is_damaged_or_has_no_right_stamps_says_so_and_is_read_without_jumps(tmp_path: Path) -> None:
+    made_up = check_ranges(write(tmp_path / "a.avi", "libx264", _OPEN), seek=False)
+    assert made_up.stamps_repaired
+    holed = make_bad_files(tmp_path / "bad")["holed"]
+    assert check_ranges(holed, seek=False).damage
+    assert not check_ranges(write(tmp_path / "a.mp4", "libx264", _OPEN)).stamps_repaired
+
+
+def test_a_jump_reads_little_and_damage_elsewhere_is_not_reported(folder: Path) -> None:
+    path = write(folder / "b.mkv", "libx264", _OPEN)
+    info = probe(path)
+    decoded = 0
+
+    class Counting(VideoReader):
+        def _stamp(self, frame: av.VideoFrame) -> None:
+            nonlocal decoded
+            decoded += 1
+            super()._stamp(frame)
+
+    with Counting(path, info=info, start_pts=2000, stop_pts=2080) as part:
+        assert [frame.pts for frame in part] == [2000, 2040]
+    assert decoded <= 12 + 4
+    holed = make_bad_files(folder / "bad")["holed"]
+    with VideoReader(holed) as whole:
+        stamps = [frame.pts for frame in whole]
+    with VideoReader(holed, start_pts=stamps[0], stop_pts=stamps[5]) as start:
+        assert len(list(start)) == 5
+    assert whole.damage and not start.damage
