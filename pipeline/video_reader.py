@@ -81,8 +81,9 @@ class VideoReader:
         deinterlace: "auto" filters when the source is interlaced, "on" always, "off" never.
         limits: see `Limits`.
         threads: decoder threads; the pictures do not depend on it.
-        start_pts, stop_pts: deliver only pictures with start_pts <= pts < stop_pts (stream time base); the file is
-            read from the key frame before. For tasks that restore one shot.
+        start_pts, stop_pts: deliver only pictures with start_pts <= pts < stop_pts (stream time base), the same as a
+            sequential read gives. The file is read from the key frame before if `start_pts` is the stamp of a picture,
+            or one tick after it, and from its beginning otherwise or where a jump cannot be exact.
         first_index: the index of the first delivered picture.
         seek: jump to the key frame before `start_pts`; False reads, and drops, all that is before it.
         info: what `probe` said of this path, to save probing again.
@@ -126,6 +127,7 @@ class VideoReader:
         self._step = max(1, round(1 / (self.info.average_rate * self.info.time_base)))
         self._opened: OpenVideo | None = None
         self._last_pts: int | None = None
+        self._passed_pts = 0
         self._size_noted = False
 
     @property
@@ -203,8 +205,10 @@ class VideoReader:
         if found is not None:
             frames = self._presented(*found)
             first = next(frames, None)
-            # A jump is believed when it leads to the very picture that was asked for, by stamps as they are.
-            if first is not None and first.pts == self._start_pts and not self.stamps_repaired:
+            # A jump is believed when it leads to the very picture that was asked for, or to the one right after the
+            # last that was not, by stamps as they are.
+            arrived = first is not None and self._start_pts in (first.pts, self._passed_pts + 1)
+            if first is not None and arrived and not self.stamps_repaired:
                 yield first
                 yield from frames
                 return
@@ -230,6 +234,8 @@ class VideoReader:
                     return
                 if self._wanted(picture.pts):
                     yield self._frame(picture, time_base)
+                else:
+                    self._passed_pts = picture.pts or 0
         if self._deinterlacer is not None:
             for picture in self._deinterlacer.flush():
                 if self._wanted(picture.pts):
