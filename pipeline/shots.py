@@ -132,8 +132,8 @@ class CutDetector:
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
         """Take up where the detector that gave these tensors stopped; an empty dictionary is a new one.
 
-        The tensors of the detector before this one had a coarser grid, no `shock` and no `burnt`: their grids are refined by
-        repetition, which is enough to tell the next scene from the one before.
+        The tensors of the detector before this one had a coarser grid, no `shock` and no `burnt`: their grids are
+        refined by repetition, which is enough to tell the next scene from the one before.
         """
         detector = cls()
         if not tensors:
