@@ -90,6 +90,7 @@ class VideoReader:
 
     Attributes:
         info: the probed source.
+        step: one picture's time at the average rate, in ticks of the stream's time base; at least 1.
         damage: filled while reading; empty means that everything decoded.
         stamps_repaired: a picture had no time stamp, or one that did not increase, and got one by its neighbours'.
 
@@ -123,8 +124,7 @@ class VideoReader:
         self.stamps_repaired = False
         self._deinterlace = deinterlace
         self._deinterlacer = self._new_deinterlacer()
-        # One picture's time at the average rate, in ticks.
-        self._step = max(1, round(1 / (self.info.average_rate * self.info.time_base)))
+        self.step = max(1, round(1 / (self.info.average_rate * self.info.time_base)))
         self._opened: OpenVideo | None = None
         self._last_pts: int | None = None
         self._passed_pts = 0
@@ -162,11 +162,19 @@ class VideoReader:
             sequence = ImageSequence(self.info.path, self.limits)
             yield from ((index, b"") for index, one in enumerate(sequence.pictures(self.damage)) if one is not None)
             return
+        for picture in self.pictures():
+            yield picture.pts or 0, b"".join(data for _, data in _carried(picture))
+
+    def pictures(self) -> Iterator[av.VideoFrame]:
+        """Every picture of a file as it decodes, with its time stamp: neither deinterlaced nor converted."""
+        if self.info.is_sequence:
+            yield from (one for one in ImageSequence(self.info.path, self.limits).pictures(self.damage) if one)
+            return
         container, stream = self._open()
         for picture in self._decoded(container, stream):
             self._stamp(picture)
             self.frames_read += 1
-            yield picture.pts or 0, b"".join(data for _, data in _carried(picture))
+            yield picture
         self._check_count()
 
     def _new_deinterlacer(self) -> Deinterlacer | None:
@@ -319,7 +327,7 @@ class VideoReader:
         pts = frame.pts
         if pts is None:
             self.stamps_repaired = True
-            pts = self.info.start_pts if self._last_pts is None else self._last_pts + self._step
+            pts = self.info.start_pts if self._last_pts is None else self._last_pts + self.step
         elif self._last_pts is not None and pts <= self._last_pts:
             self._note("a time stamp does not increase", pts)
             self.stamps_repaired = True
@@ -348,7 +356,7 @@ class VideoReader:
             rgb_HWC=to_rgb(picture, info.colour, width=info.width, height=info.height, threads=self._threads),
             pts=picture.pts or 0,
             time_base=time_base,
-            duration=picture.duration or self._step,
+            duration=picture.duration or self.step,
             index=self._first_index + self.frames_read,
             key_frame=bool(picture.key_frame),
             side_data=_carried(picture),
