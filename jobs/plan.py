@@ -18,6 +18,7 @@ from actors.errors import Failure, FailureClass, describe_failure
 from actors.records import Row, RowOptions
 from infra.cluster import quiet_data
 from infra.settings import Settings
+from infra.storage import video_source
 from jobs.records import Shot, VideoPlan
 from jobs.sources import Item
 
@@ -113,7 +114,7 @@ def plan_video(item: Item, options: PlanOptions, model_sha256: str) -> VideoPlan
 
     own = options.for_item(item)
     limits = Limits(max_pixels=own.max_pixels)
-    source = _video_source(item.source)
+    source = video_source(item.source)
     info = probe(source, limits=limits)
     check_output(info, item.destination, own.row)
     detector = CutDetector() if own.cuts else None
@@ -268,10 +269,6 @@ def _died(item: Item) -> Failure:
         message=f"The process that decoded {item.name} to plan it died twice.",
         remedy="The file may be broken in a way that crashes its decoder, or memory ran out: convert it first.",
     )
-
-
-def _video_source(place: str) -> Any:
-    return place.removeprefix("file://")
 
 
 def _shots(starts: list[tuple[int, int]], frames: int) -> list[Shot]:

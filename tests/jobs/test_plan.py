@@ -13,9 +13,10 @@ import pytest
 
 from infra.cluster import connected
 from infra.settings import Settings
+from infra.storage import storage_for
 from jobs.plan import Planned, PlanOptions, plan_all, plan_options, plan_video, rows_of, run_id
 from jobs.records import VideoPlan
-from jobs.sources import Item
+from jobs.sources import Item, select
 from pipeline.video import UnreadableVideo, VideoReader
 from tests.video_files import make_bad_files, make_video_files
 
@@ -176,3 +177,15 @@ def test_what_is_known_is_not_planned_again(film: Path) -> None:
 
     first, second = plan_all([other, item_for(film)], options_for(), "model", known)
     assert first.plan is old and second.plan is not None and second.plan.run_id != old.run_id
+
+
+def test_a_plan_is_the_same_for_an_object_as_for_a_file(film: Path, s3_bucket: str) -> None:
+    place = f"{s3_bucket}/film.mkv"
+    storage_for(place).write(place, film.read_bytes())
+    (item,) = select(place, f"{s3_bucket}/out.mkv").items
+    there, here = plan_video(item, options_for(), "model"), plan_video(item_for(film), options_for(), "model")
+    assert there.shots == here.shots and there.source == place and there.source_version == item.version
+    assert there.run_id != here.run_id
+    gone = Item(f"{s3_bucket}/gone.mkv", "x.mkv", "gone.mkv", 0, "")
+    (planned,) = plan_all([gone], options_for(), "model")
+    assert planned.failure is not None and planned.failure["failure_class"] == "storage"

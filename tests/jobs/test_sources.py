@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from infra.storage import FileInfo
+from infra.storage import storage_for
 from jobs.errors import NoInputError, UsageError
 from jobs.sources import Selection, select
 from pipeline.video_errors import UnsupportedOutput
@@ -201,48 +201,37 @@ def test_order_and_limit(tmp_path: Path) -> None:
     assert names(priority=["7*", "news/*"], limit=4) == ["7.mp4", "news/0.mp4", "news/1.mp4", "0.mp4"]
 
 
-class Bucket:
-    """A store of a few keys that answers as an object store does: no folders, a prefix is only a beginning."""
-
-    def __init__(self, *keys: str) -> None:
-        self.infos = {f"s3://b/{key}": FileInfo(f"s3://b/{key}", 5, f"etag-{key}") for key in keys}
-
-    def stat(self, place: str) -> FileInfo | None:
-        return self.infos.get(place)
-
-    def list(self, prefix: str) -> list[FileInfo]:
-        return [info for place, info in sorted(self.infos.items()) if place.startswith(prefix.rstrip("/") + "/")]
-
-    def read(self, place: str) -> bytes:
-        return b"source\nt/a.mp4\ns3://b/t/b.mp4\n"
-
-
 @pytest.mark.parametrize(
     ("src", "dst", "expected"),
     [
-        ("t", "out", {"a.mp4": "out/a.mp4", "d/b.avi": "out/d/b.mkv"}),
-        ("t/", "out/", {"a.mp4": "out/a.mp4", "d/b.avi": "out/d/b.mkv"}),
-        ("t", "t/restored", {"a.mp4": "t/restored/a.mp4", "d/b.avi": "t/restored/d/b.mkv"}),
+        ("t", "out", {"a.mp4": "out/a.mp4", "d/b.avi": "out/d/b.mkv", "r/old.mp4": "out/r/old.mp4"}),
+        ("t/", "out/", {"a.mp4": "out/a.mp4", "d/b.avi": "out/d/b.mkv", "r/old.mp4": "out/r/old.mp4"}),
+        ("t", "t/r", {"a.mp4": "t/r/a.mp4", "d/b.avi": "t/r/d/b.mkv"}),
         ("t/a.mp4", "out/x.mov", {"a.mp4": "out/x.mov"}),
         ("t/a.mp4", "out/", {"a.mp4": "out/a.mp4"}),
         ("t/a.mp4", "done", {"a.mp4": "done/a.mp4"}),
         ("t/*.mp4", "out", {"a.mp4": "out/a.mp4"}),
-        ("t/**/*.avi", "out", {"d/b.avi": "out/d/b.mkv"}),
-        ("t/**", "out", {"a.mp4": "out/a.mp4", "d/b.avi": "out/d/b.mkv", "restored/old.mp4": "out/restored/old.mp4"}),
-        ("list.csv", "out", {"t/a.mp4": "out/t/a.mp4", "b.mp4": "out/b.mp4"}),
+        ("t/**/*.[am][vp][i4]", "t/r", {"a.mp4": "t/r/a.mp4", "d/b.avi": "t/r/d/b.mkv"}),
+        ("t/**", "out", {"a.mp4": "out/a.mp4", "d/b.avi": "out/d/b.mkv", "r/old.mp4": "out/r/old.mp4"}),
+        ("list.csv", "out", {"t/a.mp4": "out/t/a.mp4", "b.avi": "out/b.mkv"}),
     ],
 )
-def test_object_stores_follow_the_same_rules(
-    monkeypatch: pytest.MonkeyPatch, src: str, dst: str, expected: dict[str, str]
-) -> None:
-    keys = ["t/a.mp4", "t/d/b.avi", "t/x.upriver/1/s.mp4", "list.csv", "done/other.mp4"]
-    keys += ["t/restored/old.mp4"] if dst == "t/restored" or src == "t/**" else []
-    bucket = Bucket(*keys)
-    for module in ("jobs.sources", "jobs.list_files"):
-        monkeypatch.setattr(f"{module}.storage_for", lambda place: bucket)
-    chosen = select(f"s3://b/{src}", f"s3://b/{dst}")
-    assert {item.name: item.destination.removeprefix("s3://b/") for item in chosen.items} == expected
+def test_object_stores_follow_the_same_rules(s3_bucket: str, src: str, dst: str, expected: dict[str, str]) -> None:
+    store = storage_for(s3_bucket)
+    for key in ("t/a.mp4", "t/d/b.avi", "t/x.upriver/1/s.mp4", "t/r/old.mp4", "tt.mp4", "done/other.mp4"):
+        store.write(f"{s3_bucket}/{key}", b"x")
+    store.write(f"{s3_bucket}/list.csv", f"source\nt/a.mp4\n{s3_bucket}/t/d/b.avi\n".encode())
+    chosen = select(f"{s3_bucket}/{src}", f"{s3_bucket}/{dst}")
+    assert {item.name: item.destination.removeprefix(f"{s3_bucket}/") for item in chosen.items} == expected
+    assert all(item.size_bytes == 1 and item.version for item in chosen.items)
+
+
+def test_what_is_not_there_in_an_object_store(s3_bucket: str, tmp_path: Path) -> None:
+    storage_for(s3_bucket).write(f"{s3_bucket}/t/a.mp4", b"x")
     with pytest.raises(NoInputError, match="does not exist"):
-        select("s3://b/none", "s3://b/out")
-    with pytest.raises(UsageError, match="the same"):
-        select("s3://b/t/a.mp4", "s3://b/t/")
+        select(f"{s3_bucket}/none", f"{s3_bucket}/out")
+    for src, dst in [("t/a.mp4", "t/"), ("t", "t"), ("t/*", "t")]:
+        with pytest.raises(UsageError, match="the same"):
+            select(f"{s3_bucket}/{src}", f"{s3_bucket}/{dst}")
+    (item,) = select(f"{s3_bucket}/t", str(tmp_path / "here")).items
+    assert item.destination == str(tmp_path / "here" / "a.mp4")
