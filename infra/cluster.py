@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from infra.errors import ClusterError
+from infra.ray_jobs import code_environment, runs_in_a_job
 
 CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 256 << 20  # only plans and progress records travel through it
@@ -84,7 +85,9 @@ def _start(address: str, num_cpus: int) -> None:
                 object_store_memory=OBJECT_STORE_BYTES,
             )
         else:
-            ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
+            # The nodes run this process's code, unless a job server has seen to it already.
+            code = {} if runs_in_a_job() else code_environment()
+            ray.init(address=address, runtime_env=code, logging_level=logging.CRITICAL, log_to_driver=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ClusterError(

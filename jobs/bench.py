@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra.model_cache import local_model
 from infra.settings import Settings, load_settings
 from jobs.errors import ExitCode, UsageError
 
@@ -83,7 +84,7 @@ def measure(settings: Settings, width: int, height: int, frames: int) -> BenchRe
     torch.set_num_threads(threads)
     device = choose_device(settings.device)
     pipe = StreamDiffVSRPipeline.from_pretrained(
-        settings.model,
+        local_model(settings.model),
         torch_dtype=choose_dtype(settings.dtype, device),
         device=device,
         flow=None if settings.flow == "auto" else settings.flow,

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from infra.model_cache import local_model
 from infra.settings import LoadedSettings, load_settings
 from jobs.errors import ExitCode, exit_code_of
 
@@ -206,7 +207,7 @@ def _model(loaded: LoadedSettings, findings: Findings) -> dict[str, Any]:
 
     found: dict[str, Any] = {"built_in": built_in_models(), "asked_for": loaded.values.model}
     findings.sections["model"] = found
-    checkpoint = load_checkpoint(loaded.values.model)
+    checkpoint = load_checkpoint(local_model(loaded.values.model))
     parts = {"unet": checkpoint.unet, "controlnet": checkpoint.controlnet, "vae": checkpoint.vae}
     return {
         **found,

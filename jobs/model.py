@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.model_cache import local_model
+
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """`source` is what actors load: a name that means the same on every machine, or an absolute folder."""
+    """`source` is what actors load: a name that means the same on every machine, or an absolute folder.
+
+    A place in an object store stays one: every machine fetches it into a cache of its own.
+    """
 
     source: str
     sha256: str
@@ -19,10 +24,11 @@ def resolve_model(source: str) -> ResolvedModel:
 
     Raises:
         CheckpointError: it is unknown, incomplete, pickled, or does not fit its configuration.
+        StorageError: it is in an object store and cannot be fetched.
     """
     from pipeline.checkpoint import built_in_models, load_checkpoint
 
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(local_model(source))
     folder = Path(source).expanduser()
     if source not in built_in_models() and folder.is_dir():
         source = str(folder.resolve())
