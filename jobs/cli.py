@@ -481,6 +481,14 @@ _PASS_ON: dict[str, Any] = {
 
 
 @app.command(context_settings=_PASS_ON)
+def submit(ctx: typer.Context) -> int:
+    """Run `upriver restore` on a Ray cluster as a job that outlives this terminal."""
+    from jobs.submit import app as submit_app
+
+    return submit_app(args=ctx.args, prog_name="upriver submit", standalone_mode=False) or 0
+
+
+@app.command(context_settings=_PASS_ON)
 def train(ctx: typer.Context) -> int:
     """Train a model: autoencoder, stage1, stage2, stage3."""
     from jobs.train import app as train_app
