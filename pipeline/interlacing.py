@@ -1,7 +1,8 @@
-"""Interlacing: is a video interlaced, and the filter that makes progressive pictures of it (bwdif).
+"""Interlacing: is a video interlaced, and the filters that make progressive pictures of it.
 
 Bwdif interpolates a missing line from both neighbouring fields in time; it therefore returns a picture only after the
-next one went in. That is the one place where a frame waits for its successor, and only for interlaced sources.
+next one went in. That is the one place where a frame waits for its successor, and only for interlaced sources. Film
+that was spread over fields (3:2 pulldown) needs no interpolation: its fields are put together again.
 """
 
 from __future__ import annotations
@@ -61,23 +62,20 @@ class FieldStatistics:
         return self.moving >= _MIN_MOVING_PICTURES and self.combed >= _COMBED_SHARE * self.moving
 
 
-class Deinterlacer:
-    """bwdif over a stream of pictures; one picture out for one in, with the same time stamp.
+class FieldFilter:
+    """A chain of libavfilter's filters over a stream of pictures; stamps stay in the stream's time base."""
 
-    Args:
-        every: treat every picture as interlaced; otherwise only those that are flagged.
-    """
-
-    def __init__(self, *, every: bool) -> None:
-        self._options = f"mode=send_frame:parity=auto:deint={'all' if every else 'interlaced'}"
+    def __init__(self, chain: list[tuple[str, str]]) -> None:
+        self._chain = chain
         self._graph: Graph | None = None
         self._time_base = Fraction(1, 90000)
+        self._origin = 0
 
     def push(self, frame: av.VideoFrame, time_base: Fraction) -> Iterator[av.VideoFrame]:
         """Give one picture, get those that are finished."""
         if self._graph is None:
             self._time_base = time_base
-            self._graph = _graph(frame, time_base, "bwdif", self._options)
+            self._graph = _graph(frame, time_base, self._chain)
         self._graph.push(frame)
         yield from self._finished()
 
@@ -95,19 +93,63 @@ class Deinterlacer:
                 frame: Any = self._graph.pull()
             except (av.BlockingIOError, EOFError):
                 return
-            # The filter counts in half ticks, because it could also deliver one picture per field.
+            # Filters have clocks of their own: bwdif counts in half ticks, decimate in pictures.
             if frame.pts is not None and frame.time_base is not None:
-                frame.pts = round(frame.pts * frame.time_base / self._time_base)
+                frame.pts = round(frame.pts * frame.time_base / self._time_base) + self._origin
+                frame.duration = round(frame.duration * frame.time_base / self._time_base)
                 frame.time_base = self._time_base
             yield frame
 
 
-def _graph(frame: av.VideoFrame, time_base: Fraction, name: str, options: str) -> Graph:
+class Deinterlacer(FieldFilter):
+    """bwdif; one picture out for one in, with the same time stamp.
+
+    Args:
+        every: treat every picture as interlaced; otherwise only those that are flagged.
+    """
+
+    def __init__(self, *, every: bool) -> None:
+        super().__init__([("bwdif", f"mode=send_frame:parity=auto:deint={'all' if every else 'interlaced'}")])
+
+
+class PulldownRemover(FieldFilter):
+    """Film out of fields: four pictures for every five of telecined video, evenly spaced in time.
+
+    Fields are matched with those of the neighbours that they were cut from; where none fits (video among the film) a
+    picture is deinterlaced. Of five pictures, the one most like the one before it is dropped. What comes out depends on
+    all that went in before, so that it has to be fed from the beginning.
+
+    Args:
+        rate: pictures a second of the source, which is taken to be constant.
+    """
+
+    def __init__(self, rate: Fraction) -> None:
+        super().__init__(
+            [
+                # The matching counts pictures: it is told the rate, and that the first one is at zero.
+                ("fps", f"fps={rate.numerator}/{rate.denominator}"),
+                ("fieldmatch", "order=auto:mode=pc_n:combmatch=full"),
+                ("bwdif", "mode=send_frame:parity=auto:deint=interlaced"),
+                ("decimate", "cycle=5"),
+            ]
+        )
+
+    def push(self, frame: av.VideoFrame, time_base: Fraction) -> Iterator[av.VideoFrame]:
+        if self._graph is None:
+            self._origin = frame.pts or 0
+        frame.pts = (frame.pts or 0) - self._origin
+        return super().push(frame, time_base)
+
+
+PULLDOWN_KEEPS = Fraction(4, 5)
+
+
+def _graph(frame: av.VideoFrame, time_base: Fraction, chain: list[tuple[str, str]]) -> Graph:
     graph = Graph()
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=time_base)
-    work = graph.add(name, options)
-    sink = graph.add("buffersink")
-    source.link_to(work)
-    work.link_to(sink)
+    last = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=time_base)
+    for name, options in [*chain, ("buffersink", "")]:
+        following = graph.add(name, options)
+        last.link_to(following)
+        last = following
     graph.configure()
     return graph

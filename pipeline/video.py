@@ -26,13 +26,14 @@ from pipeline.video_errors import (
 )
 from pipeline.video_output import WriteReport
 from pipeline.video_probe import ContentLight, MasteringDisplay, StreamInfo, VideoInfo, probe
-from pipeline.video_reader import VideoFrame, VideoReader
+from pipeline.video_reader import Deinterlace, VideoFrame, VideoReader, presented
 from pipeline.video_writer import VideoWriter, check_destination
 
 __all__ = [
     "CONTAINERS",
     "ColourTags",
     "ContentLight",
+    "Deinterlace",
     "DestinationError",
     "EncodeError",
     "EncoderOptions",
@@ -55,5 +56,6 @@ __all__ = [
     "WriteReport",
     "check_destination",
     "container_for",
+    "presented",
     "probe",
 ]

@@ -7,7 +7,7 @@ The reader knows nothing of what happens to the pictures. Damage does not stop i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
 from types import TracebackType
@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.colour import to_rgb
 from pipeline.image_sequence import ImageSequence
-from pipeline.interlacing import Deinterlacer
+from pipeline.interlacing import PULLDOWN_KEEPS, Deinterlacer, FieldFilter, PulldownRemover
 from pipeline.video_container import (
     Limits,
     OpenVideo,
@@ -32,7 +32,7 @@ from pipeline.video_container import (
 from pipeline.video_errors import UnreadableVideo
 from pipeline.video_probe import VideoInfo, probe
 
-Deinterlace = Literal["auto", "on", "off"]
+Deinterlace = Literal["auto", "on", "off", "pulldown"]
 # What a picture carries beside its pixels and what an encoder can put back.
 _CARRIED_SIDE_DATA = {"A53_CC": "a53_cc"}
 _MAX_NOTES = 20
@@ -78,7 +78,9 @@ class VideoReader:
 
     Args:
         path: the source, local or remote; a handle of its own is opened for each pass.
-        deinterlace: "auto" filters when the source is interlaced, "on" always, "off" never.
+        deinterlace: "auto" filters when the source is interlaced, "on" always, "off" never; "pulldown" makes film of
+            telecined video again (see `PulldownRemover`; `info` then has the film's rate, and ranges are read from the
+            beginning).
         limits: see `Limits`.
         threads: decoder threads; the pictures do not depend on it.
         start_pts, stop_pts: deliver only pictures with start_pts <= pts < stop_pts (stream time base), the same as a
@@ -124,7 +126,11 @@ class VideoReader:
         self.stamps_repaired = False
         self._deinterlace = deinterlace
         self._deinterlacer = self._new_deinterlacer()
-        self.step = max(1, round(1 / (self.info.average_rate * self.info.time_base)))
+        self._source_step = _step(self.info)
+        if deinterlace == "pulldown":
+            self._seek = False
+            self.info = presented(self.info, deinterlace)
+        self.step = _step(self.info)
         self._opened: OpenVideo | None = None
         self._last_pts: int | None = None
         self._passed_pts = 0
@@ -177,7 +183,9 @@ class VideoReader:
             yield picture
         self._check_count()
 
-    def _new_deinterlacer(self) -> Deinterlacer | None:
+    def _new_deinterlacer(self) -> FieldFilter | None:
+        if self._deinterlace == "pulldown":
+            return PulldownRemover(self.info.average_rate)
         every = self._deinterlace == "on"
         if every or (self._deinterlace == "auto" and self.info.interlaced):
             return Deinterlacer(every=every or not self.info.interlaced_flagged)
@@ -327,7 +335,7 @@ class VideoReader:
         pts = frame.pts
         if pts is None:
             self.stamps_repaired = True
-            pts = self.info.start_pts if self._last_pts is None else self._last_pts + self.step
+            pts = self.info.start_pts if self._last_pts is None else self._last_pts + self._source_step
         elif self._last_pts is not None and pts <= self._last_pts:
             self._note("a time stamp does not increase", pts)
             self.stamps_repaired = True
@@ -366,6 +374,8 @@ class VideoReader:
         """A container that counts its pictures tells when some are missing at the end."""
         if self._start_pts is not None or self._stop_pts is not None or self.info.is_sequence:
             return
+        if self._deinterlace == "pulldown":
+            return  # how many of the last five are left depends on where the film ends
         promised = self.info.frames if self.info.container.startswith("mov") else None
         if promised and self.frames_read < promised:
             self._note(f"{self.frames_read} of {promised} pictures could be decoded")
@@ -401,6 +411,19 @@ def _first_key(pictures: Iterator[av.VideoFrame], target: int) -> av.VideoFrame 
         if picture.key_frame:
             return picture
     return None
+
+
+def _step(info: VideoInfo) -> int:
+    """One picture's time at the average rate, in ticks."""
+    return max(1, round(1 / (info.average_rate * info.time_base)))
+
+
+def presented(info: VideoInfo, deinterlace: Deinterlace) -> VideoInfo:
+    """What a probed source is like as a reader with this choice delivers it: without pulldown it has the film's rate."""
+    if deinterlace != "pulldown":
+        return info
+    frames = round(info.frames * PULLDOWN_KEEPS) if info.frames else None
+    return replace(info, average_rate=info.average_rate * PULLDOWN_KEEPS, frames=frames)
 
 
 def _carried(picture: av.VideoFrame) -> tuple[tuple[str, bytes], ...]:

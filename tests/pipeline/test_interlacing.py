@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 
 from pipeline.interlacing import Deinterlacer, FieldStatistics
-from tests.video_files import picture
+from pipeline.video import VideoReader, probe
+from tests.video_files import HEIGHT, WIDTH, make_video_files, picture
 
 
 def moving(time: float) -> np.ndarray:
@@ -66,3 +69,51 @@ def test_the_filter_gives_every_picture_its_own_time_stamp() -> None:
     out += deinterlacer.flush()
     assert [frame.pts for frame in out] == stamps
     assert {frame.time_base for frame in out} == {Fraction(1, 30000)}
+
+
+def telecined(path: Path, film_frames: int, start: int) -> list[np.ndarray]:
+    """A clip of film spread over fields, two and three in turn, top field first; returns the film's pictures."""
+    film = [np.roll(picture(index % 20), 2 * index, axis=1) for index in range(film_frames)]
+    fields = [index for index in range(film_frames) for _ in range(3 if index % 2 else 2)]
+    with av.open(str(path), "w") as output:
+        stream: Any = output.add_stream("libx264", rate=Fraction(30000, 1001), options={"crf": "1", "bf": "2"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 30000)
+        for number, (top, bottom) in enumerate(zip(fields[::2], fields[1::2], strict=False)):
+            rgb_HWC = film[top].copy()
+            rgb_HWC[1::2] = film[bottom][1::2]
+            frame = av.VideoFrame.from_ndarray(rgb_HWC, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = start + 1001 * number, Fraction(1, 30000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return film
+
+
+def test_pulldown_is_undone_into_the_film_that_it_was(tmp_path: Path) -> None:
+    film = telecined(tmp_path / "telecined.mp4", 60, start=4321)
+    source = probe(tmp_path / "telecined.mp4")
+    with VideoReader(tmp_path / "telecined.mp4", deinterlace="pulldown") as reader:
+        frames = list(reader)
+    assert source.frames == 75 and len(frames) == 60 and not reader.damage
+    assert reader.info.average_rate == Fraction(24000, 1001) and reader.info.frames == 60
+    step = float(1 / (reader.info.average_rate * source.time_base))
+    for index, frame in enumerate(frames):
+        assert abs(frame.pts - frames[0].pts - step * index) <= 1 and abs(frame.duration - step) <= 1
+        errors = [float(np.abs(frame.rgb_HWC.astype(int) - one).mean()) for one in film]
+        # At the start and the end of the clip a field has no partner.
+        if 2 <= index < 58:
+            assert int(np.argmin(errors)) == index, (index, int(np.argmin(errors)))
+            assert errors[index] < 4
+    assert frames[0].pts == source.start_pts
+    with VideoReader(
+        tmp_path / "telecined.mp4", deinterlace="pulldown", start_pts=frames[21].pts, stop_pts=frames[30].pts
+    ) as part:
+        for one, other in zip(frames[21:30], part, strict=True):
+            assert one.pts == other.pts and (one.rgb_HWC == other.rgb_HWC).all()
+
+
+def test_a_deinterlaced_picture_is_seen_as_long_as_its_source(tmp_path: Path) -> None:
+    path = make_video_files(tmp_path)["mpeg2_interlaced_ts"]
+    with VideoReader(path, deinterlace="off") as woven_pictures, VideoReader(path, deinterlace="on") as pictures:
+        for before, after in zip(woven_pictures, pictures, strict=True):
+            assert (before.pts, before.duration) == (after.pts, after.duration)
