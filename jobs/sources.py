@@ -7,6 +7,7 @@ path or an `s3://` URL; what holds for files and folders holds for objects and p
 from __future__ import annotations
 
 import glob
+import os
 import random
 import re
 from collections import Counter
@@ -90,7 +91,8 @@ def select(
         storage_for(place)
     selection = _select(src, dst)
     _check_results(selection)
-    return replace(selection, items=_ordered(selection.items, limit, shuffle, priority))
+    items = [replace(item, source=_full(item.source), destination=_full(item.destination)) for item in selection.items]
+    return replace(selection, items=_ordered(tuple(items), limit, shuffle, priority), root=_full(selection.root))
 
 
 def _select(src: str, dst: str) -> Selection:
@@ -144,6 +146,11 @@ def _plain(place: str) -> str:
 
 def _normal(place: str) -> str:
     return place.rstrip("/") if is_remote(place) else str(Path(place))
+
+
+def _full(place: str) -> str:
+    """The place as it is called from any folder: workers are started in others."""
+    return place if is_remote(place) else os.path.abspath(place)
 
 
 def _exists_locally(place: str) -> bool:

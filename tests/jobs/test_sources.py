@@ -235,3 +235,17 @@ def test_what_is_not_there_in_an_object_store(s3_bucket: str, tmp_path: Path) ->
             select(f"{s3_bucket}/{src}", f"{s3_bucket}/{dst}")
     (item,) = select(f"{s3_bucket}/t", str(tmp_path / "here")).items
     assert item.destination == str(tmp_path / "here" / "a.mp4")
+
+
+def test_places_are_the_same_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers run in other folders than the command."""
+    (tmp_path / "tapes").mkdir()
+    (tmp_path / "tapes" / "one.mp4").write_bytes(b"film")
+    monkeypatch.chdir(tmp_path)
+    for src, dst in (("tapes/", "out/"), ("tapes/*.mp4", "out")):
+        found = select(src, dst)
+        assert found.root == str(tmp_path / "out")
+        assert [(item.source, item.destination) for item in found.items] == [
+            (str(tmp_path / "tapes" / "one.mp4"), str(tmp_path / "out" / "one.mp4"))
+        ]
+    assert select("tapes/one.mp4", "new.mp4").items[0].destination == str(tmp_path / "new.mp4")
