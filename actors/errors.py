@@ -15,21 +15,59 @@ from pipeline.errors import CheckpointError, FlowError, PipelineError, ScheduleE
 from pipeline.video_errors import DestinationError, EncodeError, UnsupportedOutput
 
 
-class ActorsError(CodedError):
-    """Root of all errors that the `actors` package raises on purpose."""
-
-
 class FailureClass(StrEnum):
     """What kind of thing went wrong with one task."""
 
     SOURCE = "source-unreadable"
+    DECODE = "decode"
     OUT_OF_MEMORY = "out-of-memory"
     MODEL = "model"
     ENCODE = "encode"
     STORAGE = "storage"
+    TIMEOUT = "timeout"
     LOST_ACTOR = "lost-actor"
     OPTIONS = "options"
     INTERNAL = "internal"
+
+
+class ActorsError(CodedError):
+    """Root of all errors that the `actors` package raises on purpose; `failure_class` is the kind of each."""
+
+    failure_class = FailureClass.OPTIONS
+
+
+class DecodeMismatch(ActorsError):
+    """Read from a place inside, the source gives other pictures than it gave when it was planned."""
+
+    failure_class = FailureClass.DECODE
+
+
+class SourceChanged(ActorsError):
+    """The source is not what it was when it was planned."""
+
+    failure_class = FailureClass.SOURCE
+
+
+class RowTaken(ActorsError):
+    """Another worker restores the same row and was faster: this one must stop."""
+
+    failure_class = FailureClass.LOST_ACTOR
+
+
+class DamagedWork(ActorsError):
+    """Something in the work area is not what its record says; `shots` are those that have to be looked at again."""
+
+    failure_class = FailureClass.STORAGE
+
+    def __init__(self, message: str, *, shots: list[int], remedy: str) -> None:
+        super().__init__(message, code="work-damaged", remedy=remedy)
+        self.shots = shots
+
+
+class UnfaithfulResult(ActorsError):
+    """An assembled result lacks something that it must have, or has it at other times."""
+
+    failure_class = FailureClass.ENCODE
 
 
 class Failure(TypedDict):
@@ -58,7 +96,7 @@ def failure_class(error: BaseException) -> FailureClass:
     if isinstance(error, PipelineError):
         return FailureClass.SOURCE
     if isinstance(error, ActorsError):
-        return FailureClass.OPTIONS
+        return error.failure_class
     if isinstance(error, InfraError):
         return FailureClass.STORAGE
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

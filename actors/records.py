@@ -58,7 +58,8 @@ class SegmentRecord(BaseModel):
         name: of the segment's file, below the video's `segments`.
         state: name of the StreamState to go on from after this segment, below `states`; None after a shot's last one.
         damage, warnings: sentences for people about this stretch.
-        seconds: where the time went: decode wait, model, encode wait, upload.
+        seconds: where the time went: waiting for the decoder, model, waiting for encoder and storage. Together they are
+            the time that the segment took.
         device, dtype, flow: what the model ran on and with.
     """
 
@@ -84,6 +85,16 @@ class SegmentRecord(BaseModel):
     flow: str
     host: str
     finished_at: str
+
+
+class Part(BaseModel):
+    """One segment of a result."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    frames: int
+    size_bytes: int
+    sha256: str
 
 
 def segment_stem(shot: int, number: int) -> str:

@@ -1,90 +1,165 @@
-"""The restoration of one row: a reader, the model and a writer, each in a thread of its own, and the stream's state.
+"""The restoration of one shot, segment by segment: a reader, the model, an encoder and an uploader, a thread for each.
 
-Knows one stream and no cluster. The state is the engine's; the cut detector looks at each frame as decoded, before the
-model does, and resets it.
+What an earlier attempt finished is taken over, and the stream goes on from the state saved after it. Knows one shot
+and no cluster. Where the cuts are is the plan's matter: a shot has none inside.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
+import logging
+import secrets
+import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-from actors.comparison import Comparison
+from actors.errors import DecodeMismatch
 from actors.output import encoder_options, output_size
 from actors.overlap import ReadAhead, WriteBehind
 from actors.pictures import Picture, resize
+from actors.records import Row, RowOptions, SegmentRecord, segment_stem
+from actors.shot_store import ShotStore
+from infra.storage import storage_for, video_source
 from pipeline.frames import frame_to_tensor, tensor_to_frame
-from pipeline.shots import CutDetector
-from pipeline.video import Limits, VideoFrame, VideoReader, VideoWriter
-from pipeline.video_errors import UnreadableVideo
+from pipeline.segments import SegmentReport, SegmentWriter, segment_suffix
+from pipeline.state import StreamState
+from pipeline.video import Limits, VideoFrame, VideoReader
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
+logger = logging.getLogger(__name__)
+
 QUEUE_DEPTH = 4  # frames between decoder and model, and between model and encoder
+Step = Callable[["Tensor", StreamState, "int | None"], "Tensor"]
+
+
+class Advance(NamedTuple):
+    """How far a shot is: frames finished or under way, and the segment that has just been finished, if any.
+
+    `replayed`: an earlier attempt finished it.
+    """
+
+    frames: int
+    record: SegmentRecord | None = None
+    replayed: bool = False
+
+
+class _Restored(NamedTuple):
+    frame: VideoFrame
+    picture: Picture
+    end: _SegmentEnd | None
+
+
+class _SegmentEnd(NamedTuple):
+    """Goes with the last frame of a segment: the state after it, None at the end of the shot."""
+
+    state: StreamState | None
+    seconds: dict[str, float]
+
+
+class _Closed(NamedTuple):
+    report: SegmentReport
+    first_index: int
+    end: _SegmentEnd
+    damage: list[str]
 
 
 class Restoration:
-    """A context manager around the restoration of one row; leaving it by an error removes what was written.
+    """A context manager around the restoration of one shot. However it is left, what is finished stays.
 
     Args:
-        row: see `jobs.plan.Row`.
-        options: see `jobs.plan.RowOptions`.
-        threads: CPU threads that decoder and encoder may use each.
+        row: the shot.
+        threads: CPU threads that the decoder may use.
+        step: one step of the model for one stream; the default is the pipeline's own.
+        from_start: decode the source from its beginning, where it cannot be entered at any place.
 
-    Attributes (complete after the context has been left):
-        frames_done, width, height; cuts: indices of first frames of shots; damage, warnings: sentences for people;
-        seconds: where the time went; comparison_files: paths of what `compare` made.
+    Attributes:
+        width, height: of the result. resumed: frames taken over from an earlier attempt.
 
     Raises:
-        PipelineError, ActorsError: the source cannot be read, or the options do not go together.
+        PipelineError, ActorsError, StorageError: the source cannot be read, the options do not go together, or the
+            work area cannot be used.
     """
 
     def __init__(
         self,
         pipe: StreamDiffVSRPipeline,
-        row: dict[str, Any],
-        options: dict[str, Any],
+        row: Row,
         *,
         threads: int,
         max_pixels: int,
+        step: Step | None = None,
+        from_start: bool = False,
     ) -> None:
-        self.frames_done = 0
-        self.cuts: list[int] = []
-        self.damage: list[str] = []
-        self.warnings: list[str] = []
-        self.comparison_files: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self._pipe = pipe
-        self._options = options
-        self._model_s = 0.0
-        self._state = pipe.start(seed=row["seed"], index=row["first_index"])
-        encoder = encoder_options(options)
-        self._reader = VideoReader(
-            row["source"],
-            deinterlace=options["deinterlace"],
+        self._pipe, self._row = pipe, row
+        self._step_model: Step = step or (lambda frame, state, steps: pipe.step(frame, [state], steps=steps))
+        self._options: RowOptions = json.loads(row["options"])
+        self._encoder_options = encoder_options(self._options)
+        self._store = ShotStore(row["segments"], row["states"], row["shot"], row["frames"], row["segment_frames"])
+        saved = self._store.look()
+        self._replayed = tuple(self._store.records)
+        self.resumed = self._store.frames_done
+        self._finished = self.resumed == row["frames"]
+        self._state = self._first_state(saved)
+        self._reader = self._open_reader(threads, max_pixels, from_start)
+        info = self._reader.info
+        self.width, self.height = output_size(info, self._options["scale"], self._options["height"])
+        self._suffix = segment_suffix(self._encoder_options, info, Path(row["destination"]).suffix)
+        self._told_damage = 0
+        self._done: deque[SegmentRecord] = deque()
+        self._seconds = {"model": 0.0, "decode": 0.0, "encode": 0.0}
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._writer: SegmentWriter | None = None
+        if self._finished:
+            return
+        self._folder = self._make_folder()
+        frames = self._frames_from_start() if from_start else iter(self._reader)
+        self._frames = ReadAhead(frames, QUEUE_DEPTH)
+        self._results = WriteBehind(self._encode, QUEUE_DEPTH)
+        self._uploads = WriteBehind(self._upload, 1)
+
+    def _first_state(self, saved: bytes | None) -> StreamState:
+        if saved is None:
+            return self._pipe.start(seed=self._row["seed"], index=self._row["first_index"] + self.resumed)
+        return StreamState.load(io.BytesIO(saved), self._pipe.device, model_sha256=self._pipe.model_sha256)
+
+    def _open_reader(self, threads: int, max_pixels: int, from_start: bool) -> VideoReader:
+        row = self._row
+        start_pts = self._replayed[-1].last_pts + 1 if self._replayed else row["start_pts"]
+        at_start = from_start or row["first_index"] + self.resumed == 0
+        return VideoReader(
+            video_source(row["source"]),
+            deinterlace="on" if row["deinterlace"] == "on" else "off",
             limits=Limits(max_pixels=max_pixels),
             threads=threads,
-            start_pts=row["pts_start"] if row["pts_start"] >= 0 else None,
-            stop_pts=row["pts_end"] if row["pts_end"] >= 0 else None,
-            first_index=row["first_index"],
+            start_pts=None if at_start else start_pts,
+            stop_pts=row["stop_pts"] if row["stop_pts"] != -1 and not from_start else None,
+            first_index=0 if from_start else row["first_index"] + self.resumed,
         )
-        info = self._reader.info
-        self.width, self.height = output_size(info, options["scale"], options["height"])
-        work_file = Path(row["work_file"])
-        self._writer = VideoWriter(
-            work_file, info, width=self.width, height=self.height, options=encoder, source_path=row["source"]
-        )
-        self._comparison: Comparison | None = None
-        if options["compare"]:
-            stem = work_file.with_suffix("")
-            self._comparison = Comparison(stem, info, width=self.width, height=self.height, truth=options["truth"])
-        self._frames = ReadAhead(self._frames_with_cuts(), QUEUE_DEPTH)
-        self._results = WriteBehind(self._write, QUEUE_DEPTH)
+
+    def _frames_from_start(self) -> Iterator[VideoFrame]:
+        first = self._row["first_index"]
+        return islice(self._reader, first + self.resumed, first + self._row["frames"])
+
+    def _make_folder(self) -> Path:
+        """Where segments grow: beside their place if that is local, so that they get it by a rename."""
+        segments = self._row["segments"]
+        storage = storage_for(segments)
+        if storage.is_local:
+            storage.make_folder(segments)
+            return Path(segments.removeprefix("file://"))
+        self._scratch = tempfile.TemporaryDirectory(prefix="upriver-")
+        return Path(self._scratch.name)
 
     def __enter__(self) -> Self:
         return self
@@ -92,68 +167,111 @@ class Restoration:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if error is None:
+        if not self._finished:
+            self._frames.close()
+            self._results.close()
             try:
-                self._finish()
-                return
-            except BaseException:
-                self._abandon()
-                raise
-        self._abandon()
+                self._uploads.finish()  # closed segments are worth keeping, whatever happened to the next one
+            except BaseException as second:
+                if error is None:
+                    raise
+                logger.warning("a closed segment could not be saved either: %s", second)
+            finally:
+                if self._writer is not None:
+                    self._writer.abort()
+                self._reader.close()
+                if self._scratch is not None:
+                    self._scratch.cleanup()
+        self._reader.close()
 
-    def run(self) -> Iterator[int]:
-        """Restore frame after frame; yields the number of frames done after each."""
-        for frame, is_cut in self._frames:
-            if is_cut:
-                self._state.reset()
-                self.cuts.append(frame.index)
+    def forget(self) -> None:
+        """Remove everything that is finished of this shot. For use after the context has been left."""
+        self._store.forget()
+
+    def run(self) -> Iterator[Advance]:
+        """Restore frame after frame; yields the finished segments, first those taken over, and how far the shot is.
+
+        Raises:
+            DecodeMismatch: the source has not the frames that the plan found there.
+        """
+        done = 0
+        for record in self._replayed:
+            done += record.frames
+            yield Advance(done, record, replayed=True)
+        if self._finished:
+            return
+        for frame in self._frames:
+            if done == self._row["frames"] or (done == 0 and frame.pts != self._row["start_pts"]):
+                raise self._mismatch(f"a picture at {float(frame.pts * frame.time_base):.3f} s was not expected there")
             began = time.perf_counter()
-            restored = self._step(frame.rgb_HWC)
-            self._model_s += time.perf_counter() - began
-            self._results.put((frame, restored))
-            self.frames_done += 1
-            yield self.frames_done
-
-    def _frames_with_cuts(self) -> Iterator[tuple[VideoFrame, bool]]:
-        detector = CutDetector() if self._options["cuts"] else None
-        for frame in self._reader:
-            yield frame, detector is not None and detector.update(frame.rgb_HWC)
+            picture = self._step(frame.rgb_HWC)
+            self._seconds["model"] += time.perf_counter() - began
+            done += 1
+            self._results.put(_Restored(frame, picture, self._segment_end(done)))
+            yield Advance(done, self._done.popleft() if self._done else None)
+        if done < self._row["frames"]:
+            raise self._mismatch(f"it has {done} pictures, not {self._row['frames']}")
+        self._results.finish()
+        self._uploads.finish()
+        while self._done:
+            yield Advance(done, self._done.popleft())
 
     def _step(self, rgb_HWC: Picture) -> Picture:
-        output_13HW = self._pipe.step(frame_to_tensor(rgb_HWC), [self._state], steps=self._options["steps"])
+        output_13HW = self._step_model(frame_to_tensor(rgb_HWC), self._state, self._options["steps"])
         picture: Picture = tensor_to_frame(output_13HW[0], rgb_HWC.dtype)  # type: ignore[assignment]  # its own type
         return picture
 
-    def _write(self, pair: tuple[VideoFrame, Picture]) -> None:
-        frame, restored = pair
-        picture = resize(restored, self.width, self.height)
-        self._writer.write(dataclasses.replace(frame, rgb_HWC=picture))
-        if self._comparison is not None:
-            self._comparison.write(frame, picture)
+    def _segment_end(self, done: int) -> _SegmentEnd | None:
+        """What belongs to the frame that was just restored if it is the last one of its segment."""
+        is_last = done == self._row["frames"]
+        if done % self._row["segment_frames"] and not is_last:
+            return None
+        spent = {**self._seconds, "decode": self._frames.waited_s, "encode": self._results.waited_s}
+        self._seconds["model"] = 0.0
+        self._frames.waited_s = self._results.waited_s = 0.0
+        # A step replaces the tensors and leaves the old ones as they are: the encoder's thread may write them later.
+        return _SegmentEnd(None if is_last else dataclasses.replace(self._state), spent)
 
-    def _finish(self) -> None:
-        self._results.finish()
-        if self.frames_done == 0:
-            raise UnreadableVideo(
-                f"{self._reader.info.path.name}: no picture in it can be decoded.",
-                remedy="Recover it or use another copy.",
+    def _encode(self, item: _Restored) -> None:
+        if self._writer is None:
+            stem = segment_stem(self._row["shot"], item.frame.index)
+            path = self._folder / f".{stem}.{secrets.token_hex(4)}{self._suffix}"
+            self._writer = SegmentWriter(
+                path,
+                self._reader.info,
+                width=self.width,
+                height=self.height,
+                options=self._encoder_options,
+                container_suffix=Path(self._row["destination"]).suffix,
             )
-        report = self._writer.close()
-        if self._comparison is not None:
-            self.comparison_files = self._comparison.close()
-        self._reader.close()
-        self.damage = list(self._reader.damage)
-        self.warnings = list(report.warnings)
-        self.seconds = {
-            "model": self._model_s,
-            "waited_for_decoder": self._frames.waited_s,
-            "waited_for_encoder": self._results.waited_s,
-        }
+        picture = resize(item.picture, self.width, self.height)
+        self._writer.write(dataclasses.replace(item.frame, rgb_HWC=picture))
+        if item.end is not None:
+            report = self._writer.close()
+            self._writer = None
+            damage = self._reader.damage[self._told_damage :]
+            self._told_damage += len(damage)
+            self._uploads.put(_Closed(report, item.frame.index + 1 - report.frames, item.end, damage))
 
-    def _abandon(self) -> None:
-        self._frames.close()
-        self._results.close()
-        self._reader.close()
-        self._writer.abort()
-        if self._comparison is not None:
-            self._comparison.abort()
+    def _upload(self, closed: _Closed) -> None:
+        state = closed.end.state
+        record = self._store.put(
+            closed.report,
+            first_index=closed.first_index,
+            width=self.width,
+            height=self.height,
+            state=None if state is None else state.to_bytes(),
+            damage=closed.damage,
+            seconds=closed.end.seconds,
+            device=str(self._pipe.device),
+            dtype=str(self._pipe.dtype).removeprefix("torch."),
+            flow=self._pipe.flow.name,
+        )
+        self._done.append(record)
+
+    def _mismatch(self, what: str) -> DecodeMismatch:
+        return DecodeMismatch(
+            f"{self._row['name']}, shot {self._row['shot']}: {what}.",
+            code="decode-mismatch",
+            remedy="The source may be damaged, or may have been changed: copy it again.",
+        )

@@ -1,44 +1,56 @@
-"""The actor that restores: one model, one row at a time, decoding and encoding overlapped with it.
+"""The actor that restores: one model, one shot at a time or several side by side, and small records of how it goes.
 
-A row is one causal task. The actor reads its frames, steps the model, writes a video file into the job's work area,
-and yields small records: pixels never leave the process. It moves nothing to its final place; that is up to the driver.
-
-Called again with the same row (an actor died, a task was tried again) it starts that row over, and every record says
-how far the row is, not how much was added: so records may be repeated or spliced without harm.
+A row is one shot, and a causal task. Pixels never leave the process except as finished segments in the work area.
+Called again with the same row (an actor died, a task was tried again), the actor first tells again which segments are
+finished and then goes on after them; every record says how far the row is, not how much was added. So records may be
+repeated or spliced without harm, and none is missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
+import os
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.errors import ActorsError, describe_failure
+from actors.errors import ActorsError, DecodeMismatch, SourceChanged, describe_failure
 from actors.hardware import choose_device, choose_dtype
+from actors.records import Row
 from actors.restoration import Restoration
+from actors.watchdog import Watchdog
+from infra.model_cache import local_model
+from infra.storage import join, parent, storage_for
 
 if TYPE_CHECKING:
+    from actors.step_batch import StepBatch
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, NDArray[Any]]
 RECORD_INTERVAL_S = 0.5
+STALLED = "stalled"  # folder beside a video's segments: a file for each shot that stood still
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How an actor sets up its model; the same for all its rows."""
+    """How an actor sets up its model; the same for all its rows.
+
+    Attributes:
+        slots: rows that are restored side by side, sharing the batches of the model.
+        stall_s: the longest time that a row may stand still, in seconds.
+        version: of Upriver where the job was started.
+    """
 
     model: str
     device: str
@@ -46,57 +58,78 @@ class EngineOptions:
     flow: str
     threads: int
     max_pixels: int
-    version: str  # of Upriver where the job was started
+    version: str
+    slots: int = 1
+    stall_s: float = 1800.0
 
 
 class Upscaler:
-    """Restores rows (see `jobs.plan.Row`); one instance lives in each worker of the pool.
+    """Restores rows (see `actors.records.Row`); one instance lives in each worker of the pool.
 
     The model is loaded by the first row: so a model that cannot be loaded is a failure with a message like any other.
+    Rows may come in several threads at once, as many as there are slots.
     """
 
     def __init__(self, engine: dict[str, Any]) -> None:
         self._options = EngineOptions(**engine)
         self._pipe: StreamDiffVSRPipeline | None = None
+        self._batch: StepBatch | None = None
+        self._loading = threading.Lock()
         self._load_s = 0.0
+        self._watchdog = Watchdog(self._options.stall_s, self._tell_of_stall)
+        self._stall_places: dict[str, str] = {}
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        """Restore the one row of `batch`; yields `started`, `progress`, and in the end `done` or `failed` records.
+        """Restore the one row of `batch`; yields `started`, `segment`, `progress`, and then `done` or `failed` records.
 
-        Each record has `row_id`, `kind`, `frames` (restored so far) and `details` (JSON).
+        Each record has `row_id`, `kind`, `frames` (of the row, finished or under way) and `details` (JSON).
         """
-        row = {name: column[0].item() if hasattr(column[0], "item") else column[0] for name, column in batch.items()}
+        plain = {name: column[0].item() if hasattr(column[0], "item") else column[0] for name, column in batch.items()}
+        row = cast(Row, plain)
+        row_id = row["row_id"]
+        self._stall_places[row_id] = join(parent(row["segments"]), STALLED, f"{row['shot']:05d}")
+        self._watchdog.beat(row_id)
         began = time.perf_counter()
         try:
-            yield _record(row, "started", 0, {})
-            for frames, details in self._restore(row):
-                yield _record(row, "progress" if details is None else "done", frames, details or {})
+            yield _record(row, "started", 0, {"host": platform.node(), "pid": os.getpid()})
+            yield from self._restore(row)
         except Exception as error:
-            logger.exception("row %s failed", row["row_id"])  # to the worker's log, for those who debug a cluster
-            details = {**describe_failure(error), "seconds": time.perf_counter() - began}
+            logger.exception("row %s failed", row_id)  # to the worker's log, for those who debug a cluster
+            details = {**describe_failure(error), "seconds": time.perf_counter() - began, "host": platform.node()}
             yield _record(row, "failed", 0, details)
+        finally:
+            self._watchdog.finish(row_id)
+            self._stall_places.pop(row_id, None)
 
-    def _load(self) -> StreamDiffVSRPipeline:
-        if self._pipe is None:
-            began = time.perf_counter()  # importing torch and diffusers is most of it
-            import torch
+    def _tell_of_stall(self, row_id: str) -> None:
+        place = self._stall_places[row_id]
+        storage_for(place).write(place, platform.node().encode())
 
-            from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+    def _load(self) -> tuple[StreamDiffVSRPipeline, StepBatch]:
+        import torch
 
-            # Ray gives a worker one OpenMP thread unless it reserves more; what to use is decided by the job.
+        with self._loading:
+            # Ray gives a worker one OpenMP thread unless it reserves more; what to use is decided by the job. The
+            # number belongs to the thread that asks, hence again for every row.
             torch.set_num_threads(self._options.threads)
-            device = choose_device(self._options.device)
-            self._pipe = StreamDiffVSRPipeline.from_pretrained(
-                self._options.model,
-                torch_dtype=choose_dtype(self._options.dtype, device),
-                device=device,
-                flow=None if self._options.flow == "auto" else self._options.flow,  # type: ignore[arg-type]  # checked
-                max_pixels=self._options.max_pixels,
-            )
-            self._load_s = time.perf_counter() - began
-        return self._pipe
+            if self._pipe is None or self._batch is None:
+                from actors.step_batch import StepBatch
+                from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
-    def _require_same_world(self, row: dict[str, Any]) -> None:
+                began = time.perf_counter()
+                device = choose_device(self._options.device)
+                self._pipe = StreamDiffVSRPipeline.from_pretrained(
+                    local_model(self._options.model),
+                    torch_dtype=choose_dtype(self._options.dtype, device),
+                    device=device,
+                    flow=None if self._options.flow == "auto" else self._options.flow,  # type: ignore[arg-type]
+                    max_pixels=self._options.max_pixels,
+                )
+                self._batch = StepBatch(self._pipe, largest=self._options.slots)
+                self._load_s = time.perf_counter() - began
+            return self._pipe, self._batch
+
+    def _require_same_world(self, row: Row) -> None:
         """Raise ActorsError where this worker runs another Upriver than the driver, or does not see its files."""
         here = installed_version("upriver")
         if here != self._options.version:
@@ -105,65 +138,69 @@ class Upscaler:
                 code="worker-version",
                 remedy="Install one version on every node.",
             )
-        for place in (Path(row["source"]), Path(row["work_file"]).parent):
-            if not place.exists():
+        for place in (row["source"], parent(row["segments"])):
+            if storage_for(place).is_local and not Path(place.removeprefix("file://")).exists():
                 raise ActorsError(
                     f"The worker on {platform.node()} does not see {place}.",
                     code="worker-sees-no-file",
-                    remedy="Use a path on storage that all nodes share.",
+                    remedy="Use a path on storage that all nodes share, or an object store.",
                 )
+        require_version(row["source"], row["source_version"], row["name"])
 
-    def _restore(self, row: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """Yield (frames so far, None) now and then, and at the end (frames, details)."""
-        began = time.perf_counter()
+    def _restore(self, row: Row) -> Iterator[Batch]:
         self._require_same_world(row)
-        pipe = self._load()
-        task = Restoration(
-            pipe, row, json.loads(row["options"]), threads=self._options.threads, max_pixels=self._options.max_pixels
-        )
-        with task:
-            told = time.perf_counter()
-            for frames in task.run():
-                if time.perf_counter() - told >= RECORD_INTERVAL_S:
-                    told = time.perf_counter()
-                    yield frames, None
-        work_file = Path(row["work_file"])
-        seconds = {"total": time.perf_counter() - began, "load": self._load_s, **task.seconds}
+        pipe, batch = self._load()
+        for from_start in (False, True):
+            began = time.perf_counter()
+            task = Restoration(
+                pipe,
+                row,
+                threads=self._options.threads,
+                max_pixels=self._options.max_pixels,
+                step=batch.step if self._options.slots > 1 else None,
+                from_start=from_start,
+            )
+            try:
+                with batch.row(), task:
+                    yield from self._advance(row, task)
+                break
+            except DecodeMismatch as error:
+                # A damaged file, or one without an index, can be entered only at its beginning.
+                task.forget()
+                if from_start:
+                    raise
+                logger.warning("%s It is read from its beginning now.", error)
+        seconds = {"total": time.perf_counter() - began, "load": self._load_s}
         self._load_s = 0.0  # belongs to the first row alone
-        yield (
-            task.frames_done,
-            {
-                "width": task.width,
-                "height": task.height,
-                "cuts": task.cuts,
-                "damage": task.damage,
-                "warnings": task.warnings,
-                "comparison": task.comparison_files,
-                "source_sha256": file_sha256(Path(row["source"])),
-                "output_sha256": file_sha256(work_file),
-                "output_bytes": size_bytes(work_file),
-                "device": str(pipe.device),
-                "dtype": str(pipe.dtype).removeprefix("torch."),
-                "flow": pipe.flow.name,
-                "seconds": seconds,
-            },
+        details = {"width": task.width, "height": task.height, "resumed": task.resumed, "seconds": seconds}
+        yield _record(row, "done", row["frames"], details)
+
+    def _advance(self, row: Row, task: Restoration) -> Iterator[Batch]:
+        told = time.perf_counter()
+        for advance in task.run():
+            self._watchdog.beat(row["row_id"])
+            if advance.record is not None:
+                record = advance.record
+                told = time.perf_counter()
+                details = {"name": record.name, "number": record.number, "replayed": advance.replayed}
+                yield _record(row, "segment", advance.frames, details)
+            elif time.perf_counter() - told >= RECORD_INTERVAL_S:
+                told = time.perf_counter()
+                yield _record(row, "progress", advance.frames, {})
+
+
+def require_version(source: str, version: str, name: str) -> None:
+    """Raise SourceChanged unless the source is the one that was planned."""
+    found = storage_for(source).stat(source)
+    if found is None or found.version != version:
+        raise SourceChanged(
+            f"{name} was changed or removed after it was planned.",
+            code="source-changed",
+            remedy="Run the command again: it plans a changed source anew.",
         )
 
 
-def file_sha256(path: Path) -> str | None:
-    """Return the SHA-256 of a file's content in hexadecimal; None for a folder."""
-    if path.is_dir():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def size_bytes(path: Path) -> int:
-    """Return the size of a file, or of all files of a folder together."""
-    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
-
-
-def _record(row: dict[str, Any], kind: str, frames: int, details: dict[str, Any]) -> Batch:
+def _record(row: Row, kind: str, frames: int, details: dict[str, Any]) -> Batch:
     return {
         "row_id": np.array([row["row_id"]], dtype=object),
         "kind": np.array([kind], dtype=object),

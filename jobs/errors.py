@@ -45,11 +45,12 @@ class NoInputError(JobsError):
 
 
 class Interrupted(Exception):
-    """A signal asked the job to stop; everything half-written has been removed."""
+    """A signal, or `upriver cancel`, asked the job to stop; what is finished is kept."""
 
-    def __init__(self, exit_code: ExitCode) -> None:
-        super().__init__(exit_code.name.lower())
+    def __init__(self, exit_code: ExitCode, *, cancelled: bool = False) -> None:
+        super().__init__("cancelled" if cancelled else exit_code.name.lower())
         self.exit_code = exit_code
+        self.cancelled = cancelled
 
 
 class TaskError(JobsError):
@@ -68,10 +69,12 @@ _BY_JOBS_ERROR: dict[type[JobsError], ExitCode] = {
 # Keys are values of actors.errors.FailureClass.
 _BY_FAILURE_CLASS: dict[str, ExitCode] = {
     "source-unreadable": ExitCode.NO_INPUT,
+    "decode": ExitCode.NO_INPUT,
     "out-of-memory": ExitCode.INTERNAL,
     "model": ExitCode.MODEL,
     "encode": ExitCode.STORAGE,
     "storage": ExitCode.STORAGE,
+    "timeout": ExitCode.INTERNAL,
     "lost-actor": ExitCode.INTERNAL,
     "options": ExitCode.USAGE,
     "internal": ExitCode.INTERNAL,

@@ -1,4 +1,4 @@
-"""What a finished job leaves beside its results: one manifest per video, and a ledger of failed attempts.
+"""What a finished job leaves beside its results: one manifest per video.
 
 A manifest exists only for a finished video: it is written after the video itself has its name. It says what the result
 was made from and with, so that the same command again knows that there is nothing to do.
@@ -6,16 +6,13 @@ was made from and with, so that the same command again knows that there is nothi
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from actors.errors import Failure
+from actors.records import Part
 from infra.errors import StorageError
 from infra.storage import storage_for
 
@@ -57,11 +54,22 @@ class ModelRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything needed to know what a result is, and to make it again."""
+    """Everything needed to know what a result is, and to make it again.
+
+    Version 1, of whole videos restored in one go, had neither name, duration nor parts.
+
+    Attributes:
+        name: of the source, below SRC. duration_s: of the video.
+        parts: the segments that the result was joined from, in the order of the film.
+        cuts: numbers of the first frames of all shots but the first.
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
-    manifest_version: Literal[1] = 1
+    manifest_version: Literal[1, 2] = 2
     run_id: str
+    name: str | None = None
+    duration_s: float | None = None
+    parts: list[Part] = []
     source: SourceRecord
     output: OutputRecord
     model: ModelRecord
@@ -80,9 +88,14 @@ def manifest_place(destination: str) -> str:
     return f"{destination}{MANIFEST_SUFFIX}"
 
 
-def write_manifest(destination: str, manifest: Manifest) -> None:
-    """Write the manifest of a finished result, replacing an older one."""
-    storage_for(destination).write(manifest_place(destination), manifest.model_dump_json(indent=2).encode() + b"\n")
+def write_manifest(destination: str, manifest: Manifest, *, if_absent: bool = False) -> None:
+    """Write the manifest of a finished result.
+
+    Raises:
+        StorageError: it cannot be written, or with `if_absent` there is one already.
+    """
+    content = manifest.model_dump_json(indent=2).encode() + b"\n"
+    storage_for(destination).write(manifest_place(destination), content, if_absent=if_absent)
 
 
 def read_manifest(destination: str) -> Manifest | None:
@@ -135,27 +148,3 @@ def component_versions() -> dict[str, str]:
 def timestamp() -> str:
     """Return the time now in UTC, ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-class Ledger:
-    """Failed attempts of a job, one JSON record a line, each on disk before the job goes on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records: list[dict[str, object]] = []
-
-    def add(self, name: str, failure: Failure, *, attempt: int = 1, seconds: float = 0.0) -> None:
-        """Append one failed attempt."""
-        record: dict[str, object] = {
-            "time": timestamp(),
-            "name": name,
-            "attempt": attempt,
-            "seconds": round(seconds, 3),
-            **failure,
-        }
-        self.records.append(record)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())

@@ -46,7 +46,7 @@ class _Rate(ProgressColumn):
 class ProgressBar:
     """A bar over all frames of a job; a context manager."""
 
-    def __init__(self, total_frames: int | None, *, quiet: bool = False) -> None:
+    def __init__(self, total_frames: int, *, quiet: bool = False) -> None:
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -60,9 +60,7 @@ class ProgressBar:
             disable=quiet or not console.is_terminal,
             speed_estimate_period=60.0,
         )
-        of = "?" if total_frames is None else str(total_frames)
-        self._frames: dict[str, int] = {}
-        self._task = self._progress.add_task("starting", total=total_frames, of=of)
+        self._task = self._progress.add_task("starting", total=total_frames, of=str(total_frames))
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -74,9 +72,8 @@ class ProgressBar:
         self._progress.stop()
 
     def show(self, name: str, frames: int) -> None:
-        """Show that `frames` of the video `name` are done."""
-        self._frames[name] = frames
-        self._progress.update(self._task, description=name, completed=sum(self._frames.values()))
+        """Show that `frames` of the job are done, the last ones of the video `name`."""
+        self._progress.update(self._task, description=name, completed=frames)
 
 
 def print_summary(outcomes: Sequence[Outcome]) -> None:

@@ -1,4 +1,4 @@
-"""What a job leaves when it is stopped, or when its workers die: whole results or nothing."""
+"""What a job leaves when it is stopped, or when its workers die: whole results, and what it goes on from."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def unfinished(folder: Path) -> Path | None:
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
-def test_a_signal_ends_the_job_and_leaves_nothing(
+def test_a_signal_ends_the_job_and_leaves_what_it_goes_on_from(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     film = make_film(tmp_path_factory.mktemp("long") / "film.mkv", 160, 120, 400)
     out = tmp_path / "new" / "out.mkv"
-    job = subprocess.Popen(
+    driver = subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", "restore", str(film), str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -69,25 +69,29 @@ def test_a_signal_ends_the_job_and_leaves_nothing(
         start_new_session=True,
     )
     try:
-        wait_for(lambda: unfinished(tmp_path) or job.poll() is not None)
-        workers = psutil.Process(job.pid).children(recursive=True)
-        os.kill(job.pid, number)
-        told, err = job.communicate(timeout=PATIENCE_S)
+        wait_for(lambda: unfinished(tmp_path) or driver.poll() is not None)
+        workers = psutil.Process(driver.pid).children(recursive=True)
+        os.kill(driver.pid, number)
+        told, err = driver.communicate(timeout=PATIENCE_S)
     finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-    assert job.returncode == code, err
-    assert told == "" and err == "upriver: interrupted; nothing unfinished was left behind\n"
-    assert os.listdir(tmp_path) == []
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+    assert driver.returncode == code, err
+    assert told == "" and err == "upriver: interrupted; what is finished is kept, and the same command continues\n"
+    assert os.listdir(out.parent) == ["out.mkv.upriver"]
+    (area,) = (out.parent / "out.mkv.upriver").iterdir()
+    job = json.loads((area / "job.json").read_text())
+    assert job["state"] == "interrupted" and job["exit_code"] == code and job["ended_at"]
+    assert (area / "videos" / job["videos"]["film.mkv"] / "plan.json").is_file()
     psutil.wait_procs(workers, timeout=30)
     assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
 
 
 def kill_writers(folder: Path, times: int, stop: threading.Event) -> None:
-    """Kill, `times` times, the worker that writes a Matroska file under `folder`; pass over what a dead one left."""
+    """Kill, `times` times, the worker that writes the long film's segment; pass over what a dead one left."""
     seen: set[str] = set()
     while len(seen) < times and not stop.is_set():
-        path = next((path for path in folder.rglob("*.partial*.mkv") if str(path) not in seen), None)
+        path = next((path for path in folder.rglob("*.partial*.mp4") if str(path) not in seen), None)
         if path is None:
             stop.wait(0.05)
             continue
@@ -127,8 +131,9 @@ def test_a_row_whose_worker_dies_is_tried_again_but_not_for_ever(
     records = [json.loads(line) for line in Path(told["ledger"]).read_text().splitlines()]
     assert [record["attempt"] for record in records] == list(range(1, deaths + 1))
     assert {record["failure_class"] for record in records} == {"lost-actor"}
-    left = sorted(path.name for path in out.rglob("*") if path.is_file() and path.name != "ledger.jsonl")
-    whole = ["short.mp4", "short.mp4.manifest.json"]
-    assert left == (["long.mkv", "long.mkv.manifest.json", *whole] if code == 0 else whole)
+    assert [record["final"] for record in records] == [deaths == 3 and record is records[-1] for record in records]
+    left = sorted(path.name for path in out.iterdir() if path.is_file())
+    whole = ["short.mp4", "short.mp4.manifest.json", "short.mp4.sha256"]
+    assert left == (["long.mkv", "long.mkv.manifest.json", "long.mkv.sha256", *whole] if code == 0 else whole)
     if code == 0:
         assert probe(out / "long.mkv").width == 384

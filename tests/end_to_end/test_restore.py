@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -57,12 +58,16 @@ def test_a_video_is_restored_once_and_then_left_alone(restore: Any, videos: dict
     assert (info.width, info.height) == (384, 256)
     assert stamps(result) == pytest.approx(stamps(source), abs=1e-4)
     assert [stream.kind for stream in info.streams] == ["video", "audio"]
-    assert sorted(os.listdir(result.parent)) == ["out.mp4", "out.mp4.manifest.json"]
+    assert sorted(os.listdir(result.parent)) == ["out.mp4", "out.mp4.manifest.json", "out.mp4.sha256"]
 
     manifest = json.loads((result.parent / "out.mp4.manifest.json").read_text())
     assert manifest["output"]["frames"] == 16 and manifest["output"]["size_bytes"] == result.stat().st_size
     assert manifest["source"]["size_bytes"] == source.stat().st_size and len(manifest["model"]["sha256"]) == 64
     assert manifest["options"]["steps"] == 1 and manifest["versions"]["torch"]
+    assert sum(part["frames"] for part in manifest["parts"]) == 16 and manifest["duration_s"] > 0.5
+    digest = hashlib.sha256(result.read_bytes()).hexdigest()
+    assert (result.parent / "out.mp4.sha256").read_text() == f"{digest}  out.mp4\n"
+    assert manifest["output"]["sha256"] == digest
 
     before = result.stat().st_mtime_ns
     again = restore(source, result)
@@ -73,7 +78,7 @@ def test_a_video_is_restored_once_and_then_left_alone(restore: Any, videos: dict
     assert result.stat().st_mtime_ns == before
     replaced = restore(source, result, "--seed", "5", "--overwrite")
     assert replaced.code == 0 and result.stat().st_mtime_ns != before
-    assert sorted(os.listdir(result.parent)) == ["out.mp4", "out.mp4.manifest.json"]
+    assert sorted(os.listdir(result.parent)) == ["out.mp4", "out.mp4.manifest.json", "out.mp4.sha256"]
 
 
 def test_the_job_gives_what_the_pipeline_gives(
@@ -135,7 +140,9 @@ def test_compare_writes_a_picture_and_a_video(restore: Any, videos: dict[str, Pa
     source = videos["h264_vfr_mp4"]
     run = restore(source, tmp_path / "a.mp4", "--compare", "--truth", str(source))
     assert run.code == 0, run.err
-    assert set(os.listdir(tmp_path)) == {"a.mp4", "a.mp4.manifest.json", "a.compare.mp4", "a.compare.png"}
+    assert set(os.listdir(tmp_path)) == {
+        "a.mp4", "a.mp4.manifest.json", "a.mp4.sha256", "a.compare.mp4", "a.compare.png",
+    }  # fmt: skip
     picture = np.asarray(Image.open(tmp_path / "a.compare.png"))
     assert picture.shape == (256, 4 * 384, 3)
     nearest, bicubic, truth = picture[100:, :384], picture[100:, 384:768], picture[100:, 3 * 384 :]
@@ -187,9 +194,11 @@ def test_one_broken_file_stops_nothing(
     }  # fmt: skip
     assert probe(out / "old.mkv").codec == "h264"
     left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {"cut.mp4"}
-    ledger = Path(run.told["ledger"]).relative_to(out).as_posix()
+    area = Path(run.told["ledger"]).parent.relative_to(out).as_posix()
     assert left == {
-        "deep/good.mp4", "deep/good.mp4.manifest.json", "old.mkv", "old.mkv.manifest.json", ledger,
+        "deep/good.mp4", "deep/good.mp4.manifest.json", "deep/good.mp4.sha256",
+        "old.mkv", "old.mkv.manifest.json", "old.mkv.sha256",
+        f"{area}/ledger.jsonl", f"{area}/job.json", f"{area}/progress.json",
     }  # fmt: skip
 
     again = restore(source, out, "--overwrite")
@@ -198,6 +207,10 @@ def test_one_broken_file_stops_nothing(
         "letter.mp4": "failed", "song.mp4": "failed", "cut.mp4": "damaged",
     }  # fmt: skip
     assert again.code == 4
+    given_up = {video["name"]: video["notes"][0] for video in again.told["videos"] if video["status"] == "failed"}
+    assert all("--retry-failed" in note for note in given_up.values()) and again.told["ledger"] is None
+    retried = restore(source, out, "--retry-failed")
+    assert retried.code == 4 and retried.told["ledger"] == run.told["ledger"]
     for broken in ("letter.mp4", "song.mp4"):
         (source / broken).unlink()
     assert restore(source, out).code == 0
@@ -209,4 +222,5 @@ def test_a_folder_without_anything_decodable(restore: Any, bad_files: dict[str, 
         shutil.copy(bad_files[name], tmp_path / "in" / f"{name}.mp4")
     run = restore(tmp_path / "in", tmp_path / "out")
     assert run.code == 5
-    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["ledger.jsonl"]
+    left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert left == {"ledger.jsonl", "job.json", "progress.json"}

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.errors import Failure
 from infra.errors import StorageError
 from jobs.manifest import (
-    Ledger,
     Manifest,
     ModelRecord,
     OutputRecord,
@@ -73,11 +71,17 @@ def test_the_versions_name_what_changes_results() -> None:
     assert {"upriver", "torch", "diffusers", "av"} <= set(component_versions())
 
 
-def test_the_ledger_is_one_record_a_line(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "work" / "ledger.jsonl")
-    failure = Failure(failure_class="source-unreadable", code="c", message="m", remedy="r")
-    ledger.add("a.mp4", failure)
-    ledger.add("b.mp4", failure, attempt=2, seconds=1.5)
-    records = [json.loads(line) for line in ledger.path.read_text().splitlines()]
-    assert [record["name"] for record in records] == ["a.mp4", "b.mp4"]
-    assert records[1]["attempt"] == 2 and records[1]["failure_class"] == "source-unreadable" and records[1]["time"]
+def test_a_manifest_of_the_first_version_is_read(tmp_path: Path) -> None:
+    place = str(tmp_path / "b.mp4")
+    Path(place).write_bytes(b"film")
+    old = manifest("r1", 4).model_dump(exclude={"name", "duration_s", "parts"}) | {"manifest_version": 1}
+    Path(manifest_place(place)).write_text(json.dumps(old))
+    assert finished_already(place, "r1", overwrite=False)
+
+
+def test_a_manifest_is_not_put_where_another_is(tmp_path: Path) -> None:
+    place = str(tmp_path / "b.mp4")
+    write_manifest(place, manifest("r1", 4), if_absent=True)
+    with pytest.raises(StorageError):
+        write_manifest(place, manifest("r2", 4), if_absent=True)
+    assert '"r1"' in Path(manifest_place(place)).read_text()

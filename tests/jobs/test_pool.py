@@ -30,6 +30,8 @@ def cluster(*, nodes: int = 1, cpus: int = 8, gpus: int = 0) -> Cluster:
         # more workers than cores must still fit side by side, or some would never start
         ({"actors": 4}, cluster(cpus=2), 9, PoolSize(4, 0.0, 0.5, 1)),
         ({"threads": 2}, cluster(), 9, PoolSize(1, 0.0, 2.0, 2)),
+        # no more workers than it takes to give every row a slot
+        ({"slots": 4, "gpus_per_actor": 1}, cluster(gpus=8), 9, PoolSize(3, 1.0, 0.0, 2)),
     ],
 )
 def test_the_pool_follows_the_machine(

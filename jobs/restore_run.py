@@ -1,0 +1,344 @@
+"""One run of a restore job in its work area: plan what is pending, have it restored, complete it, say how it stands.
+
+Other machines know the job by what is written here; see `jobs/records.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Literal
+
+from actors.assemble import Draft, write_checksum
+from actors.errors import Failure, FailureClass
+from actors.hardware import usable_cores
+from actors.upscaler import EngineOptions
+from infra.cluster import Cluster, connected
+from infra.settings import Settings
+from jobs.cancel import withdraw_cancel
+from jobs.errors import ExitCode, Interrupted, TaskError, exit_code_of, exit_code_of_failure
+from jobs.ledger import Ledger
+from jobs.manifest import (
+    Manifest,
+    ModelRecord,
+    OutputRecord,
+    SourceRecord,
+    component_versions,
+    timestamp,
+    write_manifest,
+)
+from jobs.model import ResolvedModel
+from jobs.plan import PlanOptions, plan_all, run_id
+from jobs.pool import PoolSize, pool_size
+from jobs.progress import Outcome, ProgressBar
+from jobs.records import JobRecord, VideoPlan
+from jobs.restoring import Choices, Restoring, Video
+from jobs.sources import Item, Selection
+from jobs.tally import Reporter, Tally
+from jobs.workarea import WorkArea
+
+
+@dataclass(slots=True)
+class Report:
+    """How a restore job ended.
+
+    `wall_s` is the time from the first probe to the last manifest, without the start of Ray, which `ray_start_s` has;
+    `prepare_s` is the part of it before that: probing, checking the model, and looking at what is finished.
+    """
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    ray_start_s: float = 0.0
+    prepare_s: float = 0.0
+    wall_s: float = 0.0
+    ledger: str | None = None
+
+    def exit_code(self) -> ExitCode:
+        """Return the exit status of a job that ran to its end: see `jobs/errors.py`."""
+        failed = [outcome for outcome in self.outcomes if outcome.failure is not None]
+        if failed and len(failed) == len(self.outcomes):
+            kinds = {exit_code_of_failure(outcome.failure["failure_class"]) for outcome in failed if outcome.failure}
+            if kinds == {ExitCode.NO_INPUT}:
+                return ExitCode.NO_INPUT
+        if failed:
+            return ExitCode.FAILURES
+        damaged = any(outcome.status == "damaged" for outcome in self.outcomes)
+        return ExitCode.DAMAGED if damaged else ExitCode.DONE
+
+
+@dataclass(slots=True)
+class RestoreRun:
+    """One run; `report` is filled as it goes. The other fields are what `jobs.restore.RestoreJob` was told."""
+
+    src: str
+    dst: str
+    settings: Settings
+    options: PlanOptions
+    choices: Choices
+    selection: Selection
+    model: ResolvedModel
+    area: WorkArea
+    report: Report
+    keep: bool
+    retry_failed: bool
+    quiet: bool
+    _ledger: Ledger = field(init=False)
+    _tally: Tally = field(init=False)
+    _job: JobRecord = field(init=False)
+
+    def run(self, pending: Sequence[Item], refused: Sequence[tuple[Item, Failure]]) -> None:
+        """Restore `pending`; note `refused` as failed.
+
+        Raises:
+            Interrupted: a signal came or somebody cancelled.
+            JobsError, InfraError: the job as a whole is impossible, or its only video is.
+        """
+        self.area.open()
+        with self._recorded([*pending, *(item for item, _ in refused)]):
+            self._ledger = Ledger(self.area.ledger)
+            self._tally = Tally(len(pending) + len(refused))
+            with Reporter(self.area, self._tally) as reporter:
+                for item, failure in refused:
+                    self._refuse(item, failure)
+                items = self._without_quarantined(pending)
+                if items:
+                    self._restore(items, reporter)
+            if self._ledger.added and self.selection.is_folder:
+                self.report.ledger = self._ledger.place
+
+    @contextmanager
+    def _recorded(self, items: Sequence[Item]) -> Iterator[None]:
+        """Say in the work area what the job is and, at the end, how it ended; keep or remove the area accordingly."""
+        before = self.area.read_job()
+        self._job = self._job_record(items)
+        withdraw_cancel(self.area.place)
+        self.area.write_job(self._job)
+        for name, old in (before.videos if before else {}).items():
+            if self._job.videos.get(name, old) != old:
+                self.area.remove_video(old)  # its source was changed: nothing of it can be used any more
+        try:
+            yield
+        except BaseException as error:
+            self._ended(error)
+            raise
+        self._note_end("finished", self.report.exit_code())
+        for run in self._job.videos.values():
+            if not self.keep and not self._has_segments(run):
+                self.area.remove_video(run)
+        self.area.close(keep=self.keep)
+
+    def _ended(self, error: BaseException) -> None:
+        if isinstance(error, Interrupted):
+            self._note_end("cancelled" if error.cancelled else "interrupted", error.exit_code)
+            return
+        self._note_end("failed", exit_code_of(error))
+        if not (self.keep or self.selection.is_folder or any(map(self._has_segments, self._job.videos.values()))):
+            self.area.remove()  # there is nothing to go on from
+
+    def _has_segments(self, run: str) -> bool:
+        return next(iter(self.area.recorded(run)), None) is not None
+
+    def _note_end(self, state: Literal["finished", "failed", "interrupted", "cancelled"], code: ExitCode) -> None:
+        ended = {"state": state, "ended_at": timestamp(), "exit_code": int(code)}
+        self.area.write_job(self._job.model_copy(update=ended))
+
+    def _job_record(self, items: Sequence[Item]) -> JobRecord:
+        return JobRecord(
+            job_id=self.area.job_id,
+            source=self.src,
+            destination=self.dst,
+            state="planning",
+            model=self.settings.model,
+            model_sha256=self.model.sha256,
+            settings=self.settings.model_dump(mode="json"),
+            videos={item.name: self._run_id(item) for item in items},
+            skipped=[outcome.name for outcome in self.report.outcomes if outcome.status == "skipped"],
+            started_at=timestamp(),
+            ended_at=None,
+            exit_code=None,
+            host=platform.node(),
+            pid=os.getpid(),
+            versions=component_versions(),
+        )
+
+    def _run_id(self, item: Item) -> str:
+        return run_id(item, self.options, self.model.sha256)
+
+    def _without_quarantined(self, pending: Sequence[Item]) -> list[Item]:
+        """Leave out what an earlier run gave up; a single video that somebody asks for is always tried."""
+        items = []
+        for item in pending:
+            record = None
+            if self.selection.is_folder and not self.retry_failed:
+                record = self._ledger.quarantined(self._run_id(item))
+            if record is None:
+                items.append(item)
+                continue
+            failure = Failure(
+                failure_class=record.failure_class, code=record.code, message=record.message, remedy=record.remedy
+            )
+            self._tally.fail(item.name)
+            again = "It was given up by an earlier run; --retry-failed tries it again."
+            note = f"{record.message} {record.remedy} {again}"
+            self.report.outcomes.append(Outcome(item.name, item.destination, "failed", notes=[note], failure=failure))
+        return items
+
+    def _restore(self, items: Sequence[Item], reporter: Reporter) -> None:
+        with ExitStack() as stack:
+            cluster = None
+            if len(items) > 1:  # plans are then made by tasks; otherwise here, while nothing else has been started
+                cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
+            videos = self._plan(items, reporter)
+            if not videos:
+                return
+            if cluster is None:
+                cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
+            self.report.ray_start_s = cluster.start_s
+            self._job = self._job.model_copy(update={"state": "running"})
+            self.area.write_job(self._job)
+            with ProgressBar(sum(plan.frames for plan, _ in videos), quiet=self.quiet) as bar:
+                restoring = self._restoring(cluster, reporter, bar)
+                for plan, item in videos:
+                    self.area.sweep(plan.run_id)
+                    restoring.add(plan, item)
+                restoring.run()
+
+    def _plan(self, items: Sequence[Item], reporter: Reporter) -> list[tuple[VideoPlan, Item]]:
+        planned = []
+        there = self.area.videos()
+        kept = set()
+
+        def known(item: Item, run: str) -> VideoPlan | None:
+            plan = self.area.plan(run) if run in there else None
+            if plan is not None:
+                kept.add(run)
+            return plan
+
+        for made in plan_all(items, self.options, self.model.sha256, known):
+            if reporter.cancelled:
+                raise Interrupted(ExitCode.TERMINATED, cancelled=True)
+            if made.plan is None:
+                assert made.failure is not None
+                self._refuse(made.item, made.failure)
+                continue
+            if made.plan.run_id not in kept:
+                self.area.keep_plan(made.plan)
+            planned.append((made.plan, made.item))
+            self._tally.plan(made.plan.name, made.plan.frames, {})
+        return planned
+
+    def _restoring(self, cluster: Cluster, reporter: Reporter, bar: ProgressBar) -> Restoring:
+        settings = self.settings
+
+        def engine_for(size: PoolSize) -> EngineOptions:
+            return EngineOptions(
+                model=self.model.source,
+                device=settings.device,
+                dtype=settings.dtype,
+                flow=settings.flow,
+                threads=size.threads_each,
+                max_pixels=settings.max_pixels,
+                version=version("upriver"),
+                slots=settings.slots,
+                stall_s=settings.stall_seconds,
+            )
+
+        return Restoring(
+            area=self.area,
+            ledger=self._ledger,
+            tally=self._tally,
+            choices=self.choices,
+            size_for=lambda rows: pool_size(settings, cluster, rows),
+            engine_for=engine_for,
+            on_finished=self._complete,
+            on_given_up=self._give_up,
+            is_cancelled=lambda: reporter.cancelled,
+            show=lambda name: bar.show(name, self._tally.frames_shown),
+            assemblies=2 * cluster.nodes,
+        )
+
+    def _refuse(self, item: Item, failure: Failure) -> None:
+        """A video that cannot even be planned."""
+        self._ledger.add(item.name, failure, final=True, run_id=self._run_id(item))
+        self._tally.fail(item.name)
+        self._failed(item.name, item.destination, failure)
+
+    def _give_up(self, video: Video, failure: Failure) -> None:
+        self._failed(video.plan.name, video.plan.destination, failure)
+
+    def _failed(self, name: str, destination: str, failure: Failure) -> None:
+        # No other video would fare better with a model that does not load.
+        if not self.selection.is_folder or failure["failure_class"] == FailureClass.MODEL:
+            raise TaskError(
+                failure["message"],
+                code=failure["code"],
+                remedy=failure["remedy"],
+                failure_class=failure["failure_class"],
+            )
+        note = f"{failure['message']} {failure['remedy']}"
+        self.report.outcomes.append(Outcome(name, destination, "failed", notes=[note], failure=failure))
+
+    def _complete(self, video: Video, draft: Draft) -> None:
+        """The result has its place: write its checksum and then its manifest, and tidy up."""
+        plan = video.plan
+        manifest = self._manifest(plan, draft)
+        write_checksum(plan.destination, draft)
+        write_manifest(plan.destination, manifest, if_absent=True)
+        if not self.keep:
+            self.area.remove_video(plan.run_id)
+        self.report.outcomes.append(
+            Outcome(
+                plan.name,
+                plan.destination,
+                "damaged" if plan.damage else "restored",
+                frames=draft.frames,
+                seconds=manifest.seconds,
+                size=f"{plan.width}x{plan.height} -> {draft.width}x{draft.height}",
+                notes=[*plan.damage, *manifest.warnings],
+            )
+        )
+
+    def _manifest(self, plan: VideoPlan, draft: Draft) -> Manifest:
+        return Manifest(
+            run_id=plan.run_id,
+            name=plan.name,
+            duration_s=plan.duration_s,
+            source=SourceRecord(
+                path=plan.source,
+                size_bytes=plan.size_bytes,
+                version=plan.source_version,
+                sha256=draft.source_sha256,
+            ),
+            output=OutputRecord(
+                path=plan.destination,
+                size_bytes=draft.size_bytes,
+                sha256=draft.sha256,
+                frames=draft.frames,
+                width=draft.width,
+                height=draft.height,
+            ),
+            model=ModelRecord(
+                name=self.settings.model,
+                sha256=self.model.sha256,
+                device=", ".join(draft.devices),
+                dtype=", ".join(draft.dtypes),
+                flow=", ".join(draft.flows),
+            ),
+            seed=plan.seed,
+            options={
+                **plan.options,
+                "deinterlace": plan.deinterlace,
+                "segment_frames": plan.segment_frames,
+                "exact": self.settings.exact,
+            },
+            damage=plan.damage,
+            warnings=list(dict.fromkeys([*plan.warnings, *draft.warnings])),
+            cuts=[shot.first_index for shot in plan.shots[1:]],
+            parts=draft.parts,
+            seconds={name: round(value, 3) for name, value in draft.seconds.items()},
+            versions=component_versions(),
+            finished_at=timestamp(),
+        )
