@@ -88,7 +88,7 @@ def select(
     """
     src, dst = (_plain(place) for place in (src, dst))
     for place in (src, dst):
-        storage_for(place)
+        storage_for(place).check_reachable(place)  # a wrong endpoint is said at once, not after patient retries
     selection = _select(src, dst)
     _check_results(selection)
     items = [replace(item, source=_full(item.source), destination=_full(item.destination)) for item in selection.items]
