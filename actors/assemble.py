@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -31,7 +31,7 @@ from pipeline.assembly import assemble
 from pipeline.encoder_options import CONTAINERS
 from pipeline.fingerprint import fingerprint
 from pipeline.segments import Segment
-from pipeline.video import Limits, VideoInfo, VideoReader, probe
+from pipeline.video import Deinterlace, Limits, VideoInfo, VideoReader, presented, probe
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def assemble_video(task: Assembly) -> Draft:
         made = folder / f"result{target.suffix}"
         report = assemble(
             made,
-            info,
+            presented(info, cast(Deinterlace, task.deinterlace)),
             files,
             width=task.width,
             height=task.height,
@@ -314,7 +314,7 @@ def _compare(task: Assembly, info: VideoInfo, made: Path, folder: Path) -> list[
     comparison = Comparison(stem, info, width=task.width, height=task.height, truth=task.truth)
     limits = Limits(max_pixels=task.max_pixels)
     before = VideoReader(
-        video_source(task.source), info=info, limits=limits, deinterlace="on" if task.deinterlace == "on" else "off"
+        video_source(task.source), info=info, limits=limits, deinterlace=cast(Deinterlace, task.deinterlace)
     )
     try:
         with before, VideoReader(made, limits=_ANY_SIZE, deinterlace="off") as after:

@@ -42,7 +42,7 @@ class Row(TypedDict):
     frames: int  # exact number of frames
     start_pts: int  # first time stamp, in units of the stream's time base
     stop_pts: int  # time stamp to stop before; -1 to the end of the video
-    deinterlace: str  # "on" or "off": decided by the plan
+    deinterlace: str  # as `pipeline.video.VideoReader` takes it: decided by the plan
     segment_frames: int  # frames of every segment but the shot's last one
     width: int  # of the source
     height: int

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self, cast
 
 from actors.errors import DecodeMismatch
 from actors.output import encoder_options, output_size
@@ -30,7 +30,7 @@ from infra.storage import storage_for, video_source
 from pipeline.frames import frame_to_tensor, tensor_to_frame
 from pipeline.segments import SegmentReport, SegmentWriter, segment_suffix
 from pipeline.state import StreamState
-from pipeline.video import Limits, VideoFrame, VideoReader
+from pipeline.video import Deinterlace, Limits, VideoFrame, VideoReader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +139,7 @@ class Restoration:
         at_start = from_start or row["first_index"] + self.resumed == 0
         return VideoReader(
             video_source(row["source"]),
-            deinterlace="on" if row["deinterlace"] == "on" else "off",
+            deinterlace=cast(Deinterlace, row["deinterlace"]),
             limits=Limits(max_pixels=max_pixels),
             threads=threads,
             start_pts=None if at_start else start_pts,

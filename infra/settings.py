@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     preset: Preset = Field(default="medium", description="speed of the encoder")
     pix_fmt: PixelFormat = Field(default="auto", description="pixel format; auto: as close to the source as possible")
     deinterlace: Literal["auto", "on", "off", "pulldown"] = Field(
-        default="auto", description="deinterlace before restoring"
+        default="auto", description="deinterlace before restoring; pulldown: make film of telecined video again"
     )
     cuts: bool = Field(default=True, description="start the stream's memory afresh at each cut")
     segment_seconds: float = Field(

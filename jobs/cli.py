@@ -175,8 +175,11 @@ def restore(
         typer.Option(help="Pixel format. [default: auto, as the source]", show_default=False),
     ] = None,
     deinterlace: Annotated[
-        Literal["auto", "on", "off"] | None,
-        typer.Option(help="Deinterlace before restoring. [default: auto]", show_default=False),
+        Literal["auto", "on", "off", "pulldown"] | None,
+        typer.Option(
+            help="Deinterlace before restoring; pulldown: make film of telecined video. [default: auto]",
+            show_default=False,
+        ),
     ] = None,
     cuts: Annotated[
         bool | None,

@@ -43,7 +43,7 @@ class PlanOptions:
     seed: int
     numerics: str
     segment_seconds: float
-    deinterlace: Literal["auto", "on", "off"]
+    deinterlace: Literal["auto", "on", "off", "pulldown"]
     cuts: bool
     max_pixels: int
 
@@ -130,7 +130,7 @@ def plan_video(item: Item, options: PlanOptions, model_sha256: str) -> VideoPlan
                 first_pts = frame.pts
             last_pts = frame.pts
             frames += 1
-        deinterlaces = reader.deinterlaces
+        deinterlaces, presented = reader.deinterlaces, reader.info
     if not frames:
         raise UnreadableVideo(
             f"{item.name}: no picture in it can be decoded.", remedy="Recover it or use another copy."
@@ -148,12 +148,12 @@ def plan_video(item: Item, options: PlanOptions, model_sha256: str) -> VideoPlan
         out_width=out_width,
         out_height=out_height,
         frames=frames,
-        duration_s=float((last_pts - first_pts) * info.time_base + 1 / info.average_rate),
-        average_rate=str(info.average_rate),
+        duration_s=float((last_pts - first_pts) * info.time_base + 1 / presented.average_rate),
+        average_rate=str(presented.average_rate),
         time_base=str(info.time_base),
         codec=info.codec,
-        deinterlace="on" if deinterlaces else "off",
-        segment_frames=segment_frames(own.segment_seconds, info.average_rate),
+        deinterlace=own.deinterlace if deinterlaces else "off",
+        segment_frames=segment_frames(own.segment_seconds, presented.average_rate),
         shots=_shots(starts, frames),
         seed=own.seed,
         priority=item.priority,

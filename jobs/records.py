@@ -46,7 +46,8 @@ class VideoPlan(_Record):
         width, height: of the source as coded. out_width, out_height: of the result.
         frames: exact number. duration_s: last time stamp plus one frame, less the first.
         average_rate, time_base: as fractions, "25/1".
-        deinterlace: what `auto` came to. damage: what was noticed while every picture was decoded once.
+        deinterlace: as it was asked for; "off" where `auto` found nothing to do.
+        damage: what was noticed while every picture was decoded once.
         priority: videos of a higher one start first.
     """
 
@@ -65,7 +66,7 @@ class VideoPlan(_Record):
     average_rate: str
     time_base: str
     codec: str
-    deinterlace: Literal["on", "off"]
+    deinterlace: Literal["auto", "on", "off", "pulldown"]
     segment_frames: int
     shots: list[Shot]
     seed: int

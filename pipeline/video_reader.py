@@ -419,7 +419,7 @@ def _step(info: VideoInfo) -> int:
 
 
 def presented(info: VideoInfo, deinterlace: Deinterlace) -> VideoInfo:
-    """What a probed source is like as a reader with this choice delivers it: without pulldown it has the film's rate."""
+    """What a probed source is like as a reader with this choice delivers it: "pulldown" gives it the film's rate."""
     if deinterlace != "pulldown":
         return info
     frames = round(info.frames * PULLDOWN_KEEPS) if info.frames else None

@@ -92,7 +92,7 @@ def test_interlaced_sources_are_planned_as_the_deinterlacer_presents_them(files:
     with VideoReader(item.source) as reader:
         presented = [frame.pts for frame in reader]
         assert reader.deinterlaces
-    assert plan.deinterlace == "on" and plan.frames == len(presented) and plan.shots[0].start_pts == presented[0]
+    assert plan.deinterlace == "auto" and plan.frames == len(presented) and plan.shots[0].start_pts == presented[0]
     assert plan_video(item, options_for(deinterlace="off"), "model").deinterlace == "off"
 
 
