@@ -15,11 +15,12 @@ Shape legend: H height, W width, C = 3, Y and X rows and columns of the grid, K 
 
 from __future__ import annotations
 
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GRID: Final = (36, 64)
 _BINS: Final = 16
@@ -118,6 +119,8 @@ class CutDetector:
 
     def tensors(self) -> dict[str, Tensor]:
         """The memory: `grids` (K, Y, X) int32, `colours` (K, 3, B) float32, `usual`, `shock`, `burnt` (1) float64."""
+        import torch  # here alone: who only plans needs no torch
+
         if not self._grids_KYX:
             return {}
         return {

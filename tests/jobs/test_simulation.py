@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import statistics
+import time
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 
+from infra.cluster import connected, quiet_data
 from jobs.simulation import Course, World, bundled, predict_makespan, simulate
 
 
@@ -110,3 +117,46 @@ def test_a_hundred_thousand_rows_on_a_thousand_gpus_are_simulated_in_seconds() -
 
 def test_prediction_for_a_pool() -> None:
     assert predict_makespan([4, 3, 2, 1], 2, load_s=1) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actors", [2, 4])
+def test_a_real_pool_that_sleeps_takes_what_was_predicted(actors: int) -> None:
+    """Ray Data, one row a task, longest first: within 15 % of what follows from the rows' own times and the gaps."""
+    import ray.data
+
+    costs = sorted((min(2.0, cost / 25) for cost in archive(24, seed=4)), reverse=True)
+
+    class Sleeper:
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            began = time.time()
+            time.sleep(float(batch["cost"][0]))
+            return {"began": np.array([began]), "ended": np.array([time.time()]), "pid": np.array([os.getpid()])}
+
+    with connected(num_cpus=2, quiet=False), quiet_data(target_max_block_size=1):
+        data = ray.data.from_items([{"cost": cost} for cost in costs], override_num_blocks=len(costs)).map_batches(
+            Sleeper,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
+            num_cpus=0,
+        )
+        rows = data.take_all()
+    by_actor = [sorted((row["began"], row["ended"]) for row in rows if row["pid"] == pid) for pid in pids(rows)]
+    assert len(by_actor) == actors
+    gaps = [after[0] - before[1] for mine in by_actor for before, after in pairwise(mine)]
+    starts = sorted(mine[0][0] for mine in by_actor)
+    took = max(row["ended"] for row in rows) - starts[0]
+    predicted = predict_makespan(
+        [row["ended"] - row["began"] for row in rows],
+        actors,
+        load_s=statistics.mean(starts) - starts[0],
+        row_s=statistics.mean(gaps),
+    )
+    print(
+        f"{actors} actors: predicted {predicted:.2f} s, took {took:.2f} s, {statistics.mean(gaps):.3f} s between rows"
+    )
+    assert took == pytest.approx(predicted, rel=0.15)
+
+
+def pids(rows: list[dict[str, Any]]) -> set[int]:
+    return {row["pid"] for row in rows}
