@@ -285,7 +285,7 @@ def restore(
         )  # fmt: skip
     return restore_command(
         src, dst, flags=flags, config=config, compare=compare, truth=truth, overwrite=overwrite, as_json=as_json,
-        keep=keep, retry_failed=retry_failed,
+        keep=keep, retry_failed=retry_failed, limit=limit, shuffle=shuffle, priority=priority or [],
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,9 @@ def restore_command(
     as_json: bool,
     keep: bool = False,
     retry_failed: bool = False,
+    limit: int | None = None,
+    shuffle: int | None = None,
+    priority: Sequence[str] = (),
 ) -> int:
     """Run `upriver restore` and return its exit status; prints the summary, or JSON.
 
@@ -62,6 +65,9 @@ def restore_command(
         overwrite=overwrite,
         keep=keep,
         retry_failed=retry_failed,
+        limit=limit,
+        shuffle=shuffle,
+        priority=priority,
         quiet=as_json,
     )
     report = job.run()
@@ -118,6 +124,9 @@ class RestoreJob:
         overwrite: bool = False,
         keep: bool = False,
         retry_failed: bool = False,
+        limit: int | None = None,
+        shuffle: int | None = None,
+        priority: Sequence[str] = (),
         quiet: bool = False,
     ) -> None:
         self._src, self._dst = src, dst
@@ -131,7 +140,7 @@ class RestoreJob:
             exact=settings.exact,
             max_pixels=settings.max_pixels,
         )
-        self._selection: Selection = select(src, dst)
+        self._selection: Selection = select(src, dst, limit=limit, shuffle=shuffle, priority=priority)
         self._report = Report()
 
     def run(self) -> Report:
