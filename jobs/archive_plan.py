@@ -14,8 +14,10 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -95,28 +97,38 @@ def planned(place: str) -> tuple[Archive, float | None]:
     return Archive(np.array(rows), hours, frames, place), seconds
 
 
-def archive_plan_command(
-    plan: Path | None,
-    *,
-    hours: float,
-    gpus: str,
-    seconds_per_megapixel: float | None,
-    play: bool,
-    gpus_per_node: int,
-    node_mtbf_h: float | None,
-    repair_s: float,
-    slow_share: float,
-    slow_factor: float,
-    load_s: float,
-    segment_seconds: float,
-    seed: int,
-    as_json: bool,
-) -> int:
-    """Run `upriver archive-plan` and return its exit status.
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
-    Raises:
-        UsageError: a number that is none, a plan that is none, or no figure to count with.
-    """
+
+@app.command()
+def archive_plan(
+    plan: Annotated[
+        Path | None,
+        typer.Argument(help="What `upriver restore --plan-only --json` printed; without it, a made-up archive."),
+    ] = None,
+    hours: Annotated[float, typer.Option(min=0.01, help="Length of the made-up archive.")] = 10_000,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs to compare.")] = "1,8,64,256,1000",
+    seconds_per_megapixel: Annotated[
+        float | None,
+        typer.Option(min=0, help="Time of a GPU per frame of a million source pixels.", show_default=False),
+    ] = None,
+    play: Annotated[bool, typer.Option("--simulate", help="Play the job through, with failures.")] = False,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that fail together.")] = 8,
+    node_mtbf_hours: Annotated[float, typer.Option(min=0, help="Mean life of a node; 0: for ever.")] = 500,
+    repair_seconds: Annotated[float, typer.Option(min=0, help="Until a dead node is replaced.")] = 600,
+    slow_share: Annotated[float, typer.Option(min=0, max=1, help="Share of nodes that are slow.")] = 0.02,
+    slow_factor: Annotated[float, typer.Option(min=1, help="How many times as long those take.")] = 1.5,
+    load_seconds: Annotated[float, typer.Option(min=0, help="To start a worker and load the model.")] = 60,
+    segment_seconds: Annotated[float, typer.Option(min=0.1, help="Length of a segment in film time.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the archive and the failures.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> int:
+    """Predict how long an archive takes on many GPUs, and what failures cost."""
     counts = _counts(gpus)
     archive, known = planned(str(plan)) if plan else (made_up(hours, seed), None)
     seconds = seconds_per_megapixel or known
@@ -133,15 +145,15 @@ def archive_plan_command(
     world = World(
         gpus=1,
         gpus_per_node=gpus_per_node,
-        load_s=load_s,
+        load_s=load_seconds,
         segment_s=segment_seconds * per_second,
-        node_mtbf_h=node_mtbf_h,
-        repair_s=repair_s,
+        node_mtbf_h=node_mtbf_hours or None,
+        repair_s=repair_seconds,
         slow_share=slow_share,
         slow_factor=slow_factor,
         seed=seed,
     )
-    quiet = World(gpus=1, load_s=load_s)
+    quiet = World(gpus=1, load_s=load_seconds)
     courses = [(_play(costs, world, count), _play(costs, quiet, count)) for count in counts] if play else []
     if as_json:
         document = {

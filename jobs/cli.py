@@ -336,45 +336,6 @@ def report(
     return report_command(dst, output=output, samples=samples, as_json=as_json)
 
 
-@app.command("archive-plan")
-def archive_plan(
-    plan: Annotated[
-        Path | None,
-        typer.Argument(help="What `upriver restore --plan-only --json` printed; without it, a made-up archive."),
-    ] = None,
-    hours: Annotated[float, typer.Option(min=0.01, help="Length of the made-up archive.")] = 10_000,
-    gpus: Annotated[str, typer.Option(help="Numbers of GPUs to compare.")] = "1,8,64,256,1000",
-    seconds_per_megapixel: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Time of a GPU per frame of a million source pixels.",
-            show_default=False,
-        ),
-    ] = None,
-    simulate: Annotated[bool, typer.Option("--simulate", help="Play the job through, with failures.")] = False,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that fail together.")] = 8,
-    node_mtbf_hours: Annotated[float, typer.Option(min=0, help="Mean life of a node; 0: for ever.")] = 500,
-    repair_seconds: Annotated[float, typer.Option(min=0, help="Until a dead node is replaced.")] = 600,
-    slow_share: Annotated[float, typer.Option(min=0, max=1, help="Share of nodes that are slow.")] = 0.02,
-    slow_factor: Annotated[float, typer.Option(min=1, help="How many times as long those take.")] = 1.5,
-    load_seconds: Annotated[float, typer.Option(min=0, help="To start a worker and load the model.")] = 60,
-    segment_seconds: Annotated[float, typer.Option(min=0.1, help="Length of a segment in film time.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the archive and the failures.")] = 0,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> int:
-    """Predict how long an archive takes on many GPUs, and what failures cost."""
-    from jobs.archive_plan import archive_plan_command
-
-    return archive_plan_command(
-        plan, hours=hours, gpus=gpus, seconds_per_megapixel=seconds_per_megapixel, play=simulate,
-        gpus_per_node=gpus_per_node, node_mtbf_h=node_mtbf_hours or None, repair_s=repair_seconds,
-        slow_share=slow_share, slow_factor=slow_factor, load_s=load_seconds, segment_seconds=segment_seconds,
-        seed=seed, as_json=as_json,
-    )  # fmt: skip
-
-
 @app.command()
 def verify(
     src: Source,
@@ -455,6 +416,14 @@ def submit(ctx: typer.Context) -> int:
     from jobs.submit import app as submit_app
 
     return submit_app(args=ctx.args, prog_name="upriver submit", standalone_mode=False) or 0
+
+
+@app.command("archive-plan", context_settings=_PASS_ON)
+def archive_plan(ctx: typer.Context) -> int:
+    """Predict how long an archive takes on many GPUs, and what failures cost."""
+    from jobs.archive_plan import app as archive_plan_app
+
+    return archive_plan_app(args=ctx.args, prog_name="upriver archive-plan", standalone_mode=False) or 0
 
 
 @app.command(context_settings=_PASS_ON)

@@ -34,7 +34,7 @@ def commands() -> Iterator[tuple[str, Any]]:
 def _walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
     if command.context_settings.get("help_option_names") == []:
         # A command that hands its arguments on: its parser is the `app` of the module of the same name.
-        command = get_command(importlib.import_module(f"jobs.{name.split()[-1]}").app)
+        command = get_command(importlib.import_module(f"jobs.{name.split()[-1].replace('-', '_')}").app)
     yield name, command
     for part, child in getattr(command, "commands", {}).items():
         if not getattr(child, "hidden", False):
