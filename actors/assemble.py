@@ -113,7 +113,11 @@ def assemble_video(task: Assembly) -> Draft:
     with _scratch(task) as folder:
         files = _fetch(task, records, folder)
         source = video_source(task.source)
-        info = probe(source, limits=Limits(max_pixels=task.max_pixels))
+        # As it was presented to the model: with pulldown removed it has another rate.
+        info = presented(
+            probe(source, limits=Limits(max_pixels=task.max_pixels)),
+            task.deinterlace,  # type: ignore[arg-type]  # one of its values, by the plan
+        )
         target = Path(task.destination.removeprefix("file://"))
         made = folder / f"result{target.suffix}"
         report = assemble(

@@ -202,7 +202,7 @@ class RestoreRun:
             with ProgressBar(sum(plan.frames for plan, _ in videos), quiet=self.quiet) as bar:
                 restoring = self._restoring(cluster, reporter, bar)
                 for plan, item in videos:
-                    self.area.sweep(plan.run_id)
+                    self.area.sweep(plan.run_id, plan.destination)
                     restoring.add(plan, item)
                 restoring.run()
 

@@ -73,7 +73,7 @@ class WorkArea:
         return join(self.video(run_id), STATES)
 
     def videos(self) -> set[str]:
-        """Return the run ids of all videos that have something here, and of some that had: stores forget folders late."""
+        """Return the run ids of all videos that have something here; some stores name those that had for a while."""
         return {place.rstrip("/").rpartition("/")[2] for place in self._storage.folders(join(self.place, VIDEOS))}
 
     def plan(self, run_id: str) -> VideoPlan | None:
@@ -106,11 +106,12 @@ class WorkArea:
             found[shot.number] = done
         return found
 
-    def sweep(self, run_id: str) -> None:
+    def sweep(self, run_id: str, destination: str) -> None:
         """Remove what killed processes left half-written of a video. Only while none of its rows is being restored."""
         place = self.video(run_id)
         if not self._storage.is_local:
-            self._storage.abort_uploads(f"{place}/")
+            for prefix in (f"{place}/", destination):
+                self._storage.abort_uploads(prefix)
             return
         for folder, folders, names in os.walk(place.removeprefix("file://")):
             for name in [each for each in (*folders, *names) if each.startswith(".")]:

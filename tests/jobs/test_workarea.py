@@ -49,7 +49,7 @@ def test_the_sweep_takes_what_is_half_written_and_nothing_else(tmp_path: Path) -
     (Path(area.segments(run)) / ".00000-000001.ab.partial.mp4").write_bytes(b"half")
     (Path(area.video(run)) / ".assembly-x").mkdir()
     (Path(area.video(run)) / ".assembly-x" / "result.mp4").write_bytes(b"half")
-    area.sweep(run)
+    area.sweep(run, job.destination("a.mp4"))
     assert sorted(path for path in Path(area.video(run)).rglob("*")) == before
 
 
@@ -61,7 +61,7 @@ def test_an_area_in_an_object_store(s3_bucket: str) -> None:
     area.keep_plan(plan)
     job.write_segment("a.mp4", 0, 0)
     assert area.plan(plan.run_id) == plan and area.finished_frames(plan) == {0: 10, 1: 0}
-    area.sweep(plan.run_id)
+    area.sweep(plan.run_id, plan.destination)
     area.remove_video(plan.run_id)
     assert area.plan(plan.run_id) is None and area.finished_frames(plan) == {0: 0, 1: 0}
 
