@@ -23,7 +23,8 @@ SURFACE = {
     "upriver restore": [
         "SRC", "DST", "--model", "--steps", "--seed", "--device", "--dtype", "--flow", "--scale", "--height", "--codec",
         "--crf", "--preset", "--pix-fmt", "--deinterlace", "--cuts", "--no-cuts", "--compare", "--truth", "--overwrite",
-        "--actors", "--threads", "--config", "--json", "--debug",
+        "--retry-failed", "--keep", "--segment-seconds", "--exact", "--no-exact", "--slots", "--actors", "--threads",
+        "--plan-only", "--limit", "--shuffle", "--priority", "--seconds-per-megapixel", "--config", "--json", "--debug",
     ],
     "upriver status": ["DST", "--watch", "--json", "--debug"],
     "upriver cancel": ["DST", "--wait", "--no-wait", "--json", "--debug"],
@@ -34,6 +35,8 @@ SURFACE = {
         "--model", "--steps", "--device", "--dtype", "--flow", "--threads", "--size", "--frames", "--config", "--json",
         "--debug",
     ],
+    "upriver submit": [],
+    "upriver archive-plan": [],
     "upriver train": [],
     "upriver evaluate": [],
     "upriver assets": [],
@@ -69,7 +72,11 @@ def test_the_defaults_in_the_help_are_those_of_the_settings() -> None:
         field = Settings.model_fields.get(parameter.name)
         if field is None or field.default is None:
             continue
-        told = {True: "cuts"}.get(field.default, str(field.default))
+        default, flag = field.default, parameter.name.replace("_", "-")
+        if isinstance(default, bool):
+            told = flag if default else f"no-{flag}"
+        else:
+            told = f"{default:g}" if isinstance(default, float) else str(default)
         assert f"[default: {told}" in parameter.help, parameter.name
         checked += 1
     assert checked >= 8
