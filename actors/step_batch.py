@@ -6,6 +6,7 @@ together. Knows no videos. Whether streams share batches changes a result by rou
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from actors.errors import FailureClass, failure_class
 if TYPE_CHECKING:
     from pipeline.state import StreamState
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+
+logger = logging.getLogger(__name__)
 
 # How long a step waits for rows that are not ready: less than it would cost to run alone, in general.
 PATIENCE_S = 0.05
@@ -43,7 +46,8 @@ class _Request:
 class StepBatch:
     """The model as several threads use it. `sizes` counts the batches by how many streams each had.
 
-    When memory runs out, a batch is halved, and no later one is larger than what then went through.
+    When memory runs out, a batch is halved, and no later one is larger than what then went through; a single stream is
+    tried again in smaller tiles.
     """
 
     def __init__(self, pipe: StreamDiffVSRPipeline, *, largest: int, patience_s: float = PATIENCE_S) -> None:
@@ -118,6 +122,10 @@ class StepBatch:
                 self._largest = half
                 self._run(batch[:half])
                 self._run(batch[half:])
+                return
+            if failure_class(error) is FailureClass.OUT_OF_MEMORY and self._pipe.halve_tiles():
+                logger.warning("memory ran out; the next attempt uses smaller tiles: %s", self._pipe.tiling)
+                self._run(batch)
                 return
             for one in batch:
                 one.error = error

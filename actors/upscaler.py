@@ -49,6 +49,7 @@ class EngineOptions:
     Attributes:
         slots: rows that are restored side by side, sharing the batches of the model.
         stall_s: the longest time that a row may stand still, in seconds.
+        memory_gb: what a step may need, in 10^9 bytes; None: no limit.
         version: of Upriver where the job was started.
     """
 
@@ -61,6 +62,7 @@ class EngineOptions:
     version: str
     slots: int = 1
     stall_s: float = 1800.0
+    memory_gb: float | None = None
 
 
 class Upscaler:
@@ -125,6 +127,8 @@ class Upscaler:
                     flow=None if self._options.flow == "auto" else self._options.flow,  # type: ignore[arg-type]
                     max_pixels=self._options.max_pixels,
                 )
+                if self._options.memory_gb is not None:
+                    self._pipe.memory_limit_bytes = int(self._options.memory_gb * 1e9)
                 self._batch = StepBatch(self._pipe, largest=self._options.slots)
                 self._load_s = time.perf_counter() - began
             return self._pipe, self._batch
@@ -157,7 +161,7 @@ class Upscaler:
                 row,
                 threads=self._options.threads,
                 max_pixels=self._options.max_pixels,
-                step=batch.step if self._options.slots > 1 else None,
+                step=batch.step,
                 from_start=from_start,
             )
             try:

@@ -67,6 +67,9 @@ class Settings(BaseSettings):
         default=1, ge=1, le=64, description="shots that each worker restores side by side, in shared batches"
     )
     exact: bool = Field(default=False, description="the same bits on every run: fp32, one thread, one shot at a time")
+    memory_gb: float | None = Field(
+        default=None, gt=0, le=4096, description="what a worker may need; larger frames go in tiles; none: no limit"
+    )
     stall_seconds: float = Field(
         default=1800.0, gt=0, le=86400, description="a worker that restores no frame for so long is ended"
     )

@@ -228,6 +228,13 @@ def restore(
             show_default=False,
         ),
     ] = None,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory that a worker may need; larger frames go in tiles. [default: no limit]",
+            show_default=False,
+        ),
+    ] = None,
     actors: Annotated[
         int | None,
         typer.Option(
@@ -263,6 +270,10 @@ def restore(
             show_default=False,
         ),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--report", help="At the end also write the page of `upriver report`.", show_default=False),
+    ] = None,
     config: Config = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -274,7 +285,7 @@ def restore(
         "model": model, "steps": steps, "seed": seed, "device": device, "dtype": dtype, "flow": flow,
         "scale": scale, "height": height, "codec": codec, "crf": crf, "preset": preset, "pix_fmt": pix_fmt,
         "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,
-        "segment_seconds": segment_seconds, "exact": exact, "slots": slots,
+        "segment_seconds": segment_seconds, "exact": exact, "slots": slots, "memory_gb": memory_gb,
     }  # fmt: skip
     if plan_only:
         from jobs.estimate import plan_only_command
@@ -283,10 +294,15 @@ def restore(
             src, dst, flags=flags, config=config, limit=limit, shuffle=shuffle, priority=priority or [],
             seconds_per_megapixel=seconds_per_megapixel, as_json=as_json,
         )  # fmt: skip
-    return restore_command(
+    status = restore_command(
         src, dst, flags=flags, config=config, compare=compare, truth=truth, overwrite=overwrite, as_json=as_json,
         keep=keep, retry_failed=retry_failed, limit=limit, shuffle=shuffle, priority=priority or [],
     )  # fmt: skip
+    if page is not None:
+        from jobs.report import write_report
+
+        write_report(dst, page)
+    return status
 
 
 @app.command()

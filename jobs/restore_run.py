@@ -244,6 +244,7 @@ class RestoreRun:
                 version=version("upriver"),
                 slots=settings.slots,
                 stall_s=settings.stall_seconds,
+                memory_gb=settings.memory_gb,
             )
 
         return Restoring(

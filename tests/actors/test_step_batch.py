@@ -94,6 +94,26 @@ def test_a_batch_that_does_not_fit_is_halved(pipe: StreamDiffVSRPipeline, monkey
     assert max(batch.sizes) == 2 and sum(size * count for size, count in batch.sizes.items()) == 12
 
 
+def test_a_frame_that_does_not_fit_is_tried_in_smaller_tiles(
+    pipe: StreamDiffVSRPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, halved = pipe.step, []
+
+    def small(*given: Any, **named: Any) -> torch.Tensor:
+        if len(halved) < 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(*given, **named)
+
+    monkeypatch.setattr(pipe, "step", small)
+    monkeypatch.setattr(pipe, "halve_tiles", lambda: halved.append(1) or len(halved) < 3)
+    batch = StepBatch(pipe, largest=1)
+    assert batch.step(torch.zeros(1, 3, 16, 16), pipe.start(), 1).shape == (1, 3, 64, 64)
+    monkeypatch.setattr(pipe, "halve_tiles", lambda: False)
+    halved.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        batch.step(torch.zeros(1, 3, 16, 16), pipe.start(), 1)
+
+
 def test_an_error_reaches_every_row_of_the_batch(pipe: StreamDiffVSRPipeline) -> None:
     batch = StepBatch(pipe, largest=2)
     wrong = torch.zeros(1, 3, 8, 8)  # too small
