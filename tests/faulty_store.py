@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from tests.object_stores import Server
 
@@ -21,8 +21,8 @@ class Fault:
     """What to do with requests whose `METHOD path?query` contains `match`, `times` times.
 
     With `status`, answer with it and S3's error `code`, without asking the store. With `lose_answer`, let the store do
-    it and close the connection. With `cut_after`, pass on so many bytes of the answer and close. `before` is called
-    first, with the request's name.
+    it and close the connection. With `cut_after`, pass on so many bytes of the answer and close. With `whole`, send the
+    whole object with status 200, whatever range is asked for. `before` is called first, with the request's name.
     """
 
     match: str
@@ -31,6 +31,7 @@ class Fault:
     code: str = ""
     lose_answer: bool = False
     cut_after: int | None = None
+    whole: bool = False
     before: Callable[[str], None] | None = None
 
 
@@ -41,6 +42,7 @@ class FaultyStore(Server):
         self.faults: list[Fault] = []
         self.seen: list[str] = []
         self._lock = threading.Lock()
+        self._store = store
         target = urlsplit(store.endpoint).netloc
 
         class Handler(BaseHTTPRequestHandler):
@@ -87,6 +89,12 @@ class FaultyStore(Server):
         if fault and fault.status:
             error = f"<Error><Code>{fault.code}</Code><Message>as asked</Message></Error>".encode()
             _answer(handler, fault.status, {"Content-Type": "application/xml"}, error, len(error))
+            return
+        if fault and fault.whole:
+            bucket, _, key = unquote(urlsplit(handler.path).path).lstrip("/").partition("/")
+            found = self._store.client().get_object(Bucket=bucket, Key=key)
+            content = found["Body"].read()
+            _answer(handler, 200, {"ETag": found["ETag"]}, content, len(content))
             return
         upstream = http.client.HTTPConnection(target, timeout=30)
         upstream.putrequest(handler.command, handler.path, skip_host=True, skip_accept_encoding=True)

@@ -169,6 +169,11 @@ REFUSALS = {
     "no credentials": ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "", "storage-credentials"),
     "no such profile": ({"AWS_PROFILE": "nobody"}, "", "storage-credentials"),
     "nobody listens": ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:{free_port}"}, "", "storage-unreachable"),
+    "password in the endpoint": (
+        {"AWS_ENDPOINT_URL_S3": f"http://me:{SECRET_KEY}@127.0.0.1:{{free_port}}"},
+        "",
+        "storage-unreachable",
+    ),
     "unknown name": ({"AWS_ENDPOINT_URL_S3": "http://store.invalid"}, "", "storage-unreachable"),
     "endpoint without scheme": ({"AWS_ENDPOINT_URL_S3": "127.0.0.1:9000"}, "", "storage-endpoint"),
     "bucket name": ({}, "s3://No Bucket/a", "storage-place"),

@@ -71,13 +71,14 @@ def test_a_lasting_conflict_is_reported(place: str, faulty: FaultyStore) -> None
 def test_a_write_whose_answer_was_lost_knows_its_own_work(
     large: bool, place: str, faulty: FaultyStore, film: Path
 ) -> None:
-    match = "film?uploadId" if large else "PUT"
+    match = f"POST /{BUCKET}/{key_of(place)}/film?uploadId" if large else "PUT"
     faulty.faults = [Fault(match, 1, lose_answer=True)]
     if large:
         STORE.publish(film, f"{place}/film", if_absent=True)
     else:
-        STORE.write(f"{place}/film", CONTENT, if_absent=True)
-    assert STORE.read(f"{place}/film") == CONTENT and unfinished(faulty, place) == []
+        STORE.write(f"{place}/film", b"small", if_absent=True)
+    assert faulty.count(match) == 2  # the lost one, and the retry that the store refuses
+    assert STORE.read(f"{place}/film") == (CONTENT if large else b"small") and unfinished(faulty, place) == []
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -175,6 +176,15 @@ def test_a_connection_that_breaks_while_it_is_read_goes_on_where_it_was(
     faulty.faults = [Fault("GET", 1, cut_after=5_000_000), Fault("GET", 1, cut_after=100), Fault("GET", 1, cut_after=0)]
     STORE.fetch(f"{place}/a", tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == CONTENT and faulty.count("GET") == 4
+
+
+def test_a_store_that_knows_no_ranges_is_read_all_the_same(place: str, faulty: FaultyStore) -> None:
+    STORE.write(f"{place}/a", CONTENT)
+    faulty.faults = [Fault("GET", 99, whole=True)]
+    with STORE.open(f"{place}/a") as file:
+        file.seek(3_000_000)
+        assert file.read(1_000_000) == CONTENT[3_000_000:4_000_000]
+    assert STORE.read(f"{place}/a") == CONTENT
 
 
 def test_a_connection_that_always_breaks_ends(place: str, faulty: FaultyStore, tmp_path: Path) -> None:
