@@ -208,8 +208,8 @@ def as_plain(report: Report) -> dict[str, Any]:
 
 
 def _name(place: str, manifest: Manifest, dst: str, names: dict[str, str]) -> str:
-    if own := getattr(manifest, "name", None):  # older manifests have none
-        return str(own)
+    if manifest.name:  # older manifests have none
+        return manifest.name
     if manifest.run_id in names:
         return names[manifest.run_id]
     result = place.removesuffix(MANIFEST_SUFFIX)
@@ -232,7 +232,7 @@ def _finished_row(name: str, manifest: Manifest) -> VideoRow:
         name=name,
         status="damaged" if manifest.damage else "restored",
         frames=output.frames,
-        duration_s=getattr(manifest, "duration_s", None),
+        duration_s=manifest.duration_s,
         source_bytes=manifest.source.size_bytes,
         result_bytes=output.size_bytes,
         width=output.width,
