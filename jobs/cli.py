@@ -176,7 +176,7 @@ def restore(
     ] = None,
     deinterlace: Annotated[
         Literal["auto", "on", "off", "pulldown"] | None,
-        typer.Option(help="Deinterlace first; pulldown: make film of telecined video. [default: auto]", show_default=False),
+        typer.Option(help="Deinterlace first; pulldown: film out of telecine. [default: auto]", show_default=False),
     ] = None,
     cuts: Annotated[
         bool | None,
