@@ -17,6 +17,22 @@ import typer
 
 from infra.errors import CodedError
 from jobs.errors import ExitCode, Interrupted, exit_code_of
+from jobs.options import (
+    AsJson,
+    Config,
+    Debug,
+    Destination,
+    Device,
+    Dtype,
+    Finished,
+    Flow,
+    Height,
+    Model,
+    Scale,
+    Source,
+    Steps,
+    Threads,
+)
 
 app = typer.Typer(
     name="upriver",
@@ -29,78 +45,6 @@ app = typer.Typer(
 
 # Command line parsers raise this for everything typed wrongly; typer exports only its descendant.
 _ParserError: type[Exception] = typer.BadParameter.__mro__[1]
-
-Source = Annotated[
-    str,
-    typer.Argument(help="A video, a folder of pictures, or a folder of videos.", show_default=False),
-]
-Destination = Annotated[
-    str,
-    typer.Argument(
-        help="The file to write, a folder for videos, or a new name without ending for pictures.",
-        show_default=False,
-    ),
-]
-Finished = Annotated[
-    str,
-    typer.Argument(help="The destination that `upriver restore` was given.", show_default=False),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Config = Annotated[
-    Path | None,
-    typer.Option(help="Configuration file (TOML) instead of the user's.", show_default=False),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Built-in name, folder or hub id of the model. [default: tiny]",
-        show_default=False,
-    ),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        help="Denoising steps per frame: 4, 2 or 1, fewer is faster. [default: the model's]",
-        show_default=False,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]", show_default=False),
-]
-Dtype = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"] | None,
-    typer.Option(
-        help="Number format; auto is bf16 where the hardware computes in it. [default: auto]",
-        show_default=False,
-    ),
-]
-Flow = Annotated[
-    Literal["auto", "dis", "raft", "zero"] | None,
-    typer.Option(
-        help="Motion estimator; auto is the model's own. [default: auto]",
-        show_default=False,
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        help="CPU threads of each worker. [default: its share of the cores]",
-        show_default=False,
-    ),
-]
-Scale = Annotated[
-    Literal["2", "3", "4"] | None,
-    typer.Option(
-        help="Output size over input size; 2 and 3 are made from 4. [default: 4]",
-        show_default=False,
-    ),
-]
-Height = Annotated[
-    int | None,
-    typer.Option(help="Output height in pixels instead of --scale.", show_default=False),
-]
 
 
 @app.callback(invoke_without_command=True)
