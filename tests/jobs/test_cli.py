@@ -23,9 +23,9 @@ SURFACE = {
     "upriver restore": [
         "SRC", "DST", "--model", "--steps", "--seed", "--device", "--dtype", "--flow", "--scale", "--height", "--codec",
         "--crf", "--preset", "--pix-fmt", "--deinterlace", "--cuts", "--no-cuts", "--compare", "--truth", "--overwrite",
-        "--retry-failed", "--keep", "--segment-seconds", "--exact", "--no-exact", "--slots", "--actors", "--threads",
-        "--plan-only", "--limit", "--shuffle", "--priority", "--seconds-per-megapixel", "--report", "--config", "--json",
-        "--debug",
+        "--retry-failed", "--keep", "--segment-seconds", "--exact", "--no-exact", "--slots", "--memory-gb", "--actors",
+        "--threads", "--plan-only", "--limit", "--shuffle", "--priority", "--seconds-per-megapixel", "--report", "--config",
+        "--json", "--debug",
     ],
     "upriver status": ["DST", "--watch", "--json", "--debug"],
     "upriver cancel": ["DST", "--wait", "--no-wait", "--json", "--debug"],
