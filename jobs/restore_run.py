@@ -33,7 +33,7 @@ from jobs.manifest import (
 )
 from jobs.model import ResolvedModel
 from jobs.plan import PlanOptions, plan_all, run_id
-from jobs.pool import PoolSize, pool_size
+from jobs.pool import PoolSize, pool_size, stopping_on_signals
 from jobs.progress import Outcome, ProgressBar
 from jobs.records import JobRecord, VideoPlan
 from jobs.restoring import Choices, Restoring, Video
@@ -191,12 +191,14 @@ class RestoreRun:
             cluster = None
             if len(items) > 1:  # plans are then made by tasks; otherwise here, while nothing else has been started
                 cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
+                stack.enter_context(stopping_on_signals())
             videos = self._plan(items, reporter)
             if not videos:
                 return
             if cluster is None:
                 cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
             self.report.ray_start_s = cluster.start_s
+            stack.enter_context(stopping_on_signals())  # again: Ray has put its own handler in the place of ours
             self._job = self._job.model_copy(update={"state": "running"})
             self.area.write_job(self._job)
             with ProgressBar(sum(plan.frames for plan, _ in videos), quiet=self.quiet) as bar:
