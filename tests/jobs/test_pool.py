@@ -50,3 +50,37 @@ def test_native_stderr_is_dropped_and_pythons_is_not(capfd: pytest.CaptureFixtur
     os.write(2, b"afterwards\n")
     told = capfd.readouterr().err
     assert "from native code" not in told and "afterwards" in told
+
+
+def test_ray_data_is_told_what_it_must_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these defaults has cost somebody a job; what they do is in the module's docstring."""
+    import ray.data
+
+    from actors.upscaler import EngineOptions
+    from jobs.pool import run_rows
+
+    told: dict[str, object] = {}
+
+    class Asked(Exception):
+        pass
+
+    class Items:
+        def map_batches(self, work: object, **arguments: object) -> None:
+            context = ray.data.DataContext.get_current()
+            told.update(arguments)
+            told["guard"] = context.execution_no_progress_timeout_s
+            told["block"] = context.target_max_block_size
+            told["errors"] = context.max_errored_blocks
+            raise Asked
+
+    monkeypatch.setattr(ray.data, "from_items", lambda items, override_num_blocks: Items())
+    engine = EngineOptions("m", "cuda", "fp32", "auto", 1, 1, "0", slots=3)
+    with pytest.raises(Asked):
+        list(run_rows([{"row_id": "a"}], engine, PoolSize(2, 1.0, 0.0, 1)))  # type: ignore[typeddict-item]
+    strategy = told["compute"]
+    assert isinstance(strategy, ray.data.ActorPoolStrategy) and strategy.max_tasks_in_flight_per_actor == 3
+    assert (told["num_gpus"], told["num_cpus"]) == (1.0, 0.0)  # an actor beside a GPU starves nobody
+    assert told["max_task_retries"] == 0  # a row whose actor dies is not tried for ever by Ray
+    assert told["max_concurrency"] == 3 and told["batch_size"] == 1
+    assert told["guard"] == -1  # half an hour without a record is no reason to end a job
+    assert told["block"] == 1 and told["errors"] == -1
