@@ -172,6 +172,13 @@ class RAFTFlow:
             self._model.to(device)
         return self
 
+    def without_data(self) -> RAFTFlow:
+        """Return an estimator of this kind whose network has sizes but no data (device "meta"), to count its memory."""
+        twin = RAFTFlow(self.size)
+        with torch.device("meta"):
+            twin._model = _import_raft().raft_large(weights=None, progress=False).eval().requires_grad_(False)
+        return twin
+
     def _loaded(self) -> torch.nn.Module:
         if self._model is None:
             model: torch.nn.Module = _import_raft().raft_large(weights=None, progress=False)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_BAND_ROWS = 1024
+
+
 def frame_to_tensor(frame_HWC: NDArray[np.integer]) -> Tensor:
     """Return (1,3,H,W) fp32 in [-1, 1] of an RGB frame (H,W,3), uint8, or uint16 at full scale.
 
@@ -40,10 +43,15 @@ def tensor_to_frame(output_3HW: Tensor, dtype: np.dtype[np.integer]) -> NDArray[
 
     Values outside are clamped; halves are rounded to even, as NumPy does.
     """
-    unit_3HW = (output_3HW.to(torch.float32) / 2 + 0.5).clamp(0, 1)
-    levels_HWC = (unit_3HW * float(np.iinfo(dtype).max)).round().permute(1, 2, 0)
-    narrow = levels_HWC.to(torch.uint8 if dtype == np.uint8 else torch.int32)
-    return np.ascontiguousarray(narrow.cpu().numpy().astype(dtype, copy=False))
+    bands = output_3HW.split(_BAND_ROWS, dim=1)  # band by band: the steps between would need several whole pictures
+    picture_HWC = np.empty((*output_3HW.shape[1:], 3), dtype)
+    for number, band_3HW in enumerate(bands):
+        unit_3HW = (band_3HW.to(torch.float32) / 2 + 0.5).clamp(0, 1)
+        levels_HWC = (unit_3HW * float(np.iinfo(dtype).max)).round().permute(1, 2, 0)
+        narrow = levels_HWC.to(torch.uint8 if dtype == np.uint8 else torch.int32)
+        top = number * _BAND_ROWS
+        picture_HWC[top : top + narrow.shape[0]] = narrow.cpu().numpy()
+    return picture_HWC
 
 
 def shrink_to_multiple_of_4(frame_HWC: NDArray[np.integer]) -> NDArray[np.integer]:

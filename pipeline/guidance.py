@@ -20,30 +20,34 @@ from torch import Tensor
 WarpMode = Literal["published", "exact"]
 
 
-def flow_warp(image_BCHW: Tensor, flow_B2HW: Tensor, mode: WarpMode = "published") -> Tensor:
+def flow_warp(
+    image_BCHW: Tensor, flow_B2HW: Tensor, mode: WarpMode = "published", *, top: int = 0, left: int = 0
+) -> Tensor:
     """Fetch, for every pixel, the value of `image_BCHW` at the place that the flow points to; bilinear.
 
     Args:
         image_BCHW: picture of the previous frame, any range.
-        flow_B2HW: displacement in pixels, channel 0 = dx, 1 = dy; same height and width.
+        flow_B2HW: displacement in pixels, channel 0 = dx, 1 = dy; same height and width, or those of a part.
         mode: ``"published"`` repeats the arithmetic with which the published weights were trained: positions are
             normalised as if corners were aligned, and sampled as if they were not. A flow of zero then samples at
             ``x W/(W-1) - 0.5`` (a shift by up to half a pixel) and the outermost pixels mix with zero. ``"exact"``
             samples at ``x + dx`` and repeats the border outside, so that a flow of zero is the identity.
+        top, left: where in the frame the flow's first pixel lies, when it is that of a part.
 
     Returns:
-        (B,C,H,W) in the image's dtype; differentiable with respect to image and flow. Positions are computed in fp32
-        whatever the dtype: bfloat16 cannot count beyond 256 pixels.
+        (B,C,..) of the flow's size in the image's dtype; differentiable with respect to image and flow. Positions are
+        computed in fp32 whatever the dtype: bfloat16 cannot count beyond 256 pixels.
 
     Raises:
         ValueError: an unknown `mode`.
     """
     if mode not in ("published", "exact"):
         raise ValueError(f"warp mode {mode!r} is neither 'published' nor 'exact'")
-    height, width = flow_B2HW.shape[-2:]
+    height, width = image_BCHW.shape[-2:]
+    rows, columns = flow_B2HW.shape[-2:]
     flow_B2HW = flow_B2HW.to(torch.float32)
-    x_W = torch.arange(width, device=flow_B2HW.device, dtype=torch.float32)
-    y_H1 = torch.arange(height, device=flow_B2HW.device, dtype=torch.float32).unsqueeze(1)
+    x_W = torch.arange(left, left + columns, device=flow_B2HW.device, dtype=torch.float32)
+    y_H1 = torch.arange(top, top + rows, device=flow_B2HW.device, dtype=torch.float32).unsqueeze(1)
     grid_x_BHW = 2.0 * (x_W + flow_B2HW[:, 0]) / max(width - 1, 1) - 1.0
     grid_y_BHW = 2.0 * (y_H1 + flow_B2HW[:, 1]) / max(height - 1, 1) - 1.0
     exact = mode == "exact"

@@ -23,6 +23,7 @@ _MASK32: Final = 0xFFFFFFFF
 _MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 _WEYL: Final = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS: Final = 10
+_PIECE: Final = 2**20  # elements drawn at once
 
 # AS 241, routine PPND16: coefficients of the three rational approximations, constant term first.
 _CENTRE: Final = (
@@ -140,8 +141,18 @@ def frame_noise(shape: tuple[int, int, int], *, seed: int, index: int, device: t
     device = torch.device(device)
     # fp64 and int64 are needed; a device without them receives the CPU's numbers
     where = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-    element = torch.arange(math.prod(shape), dtype=torch.int64, device=where)
-    zero = torch.zeros((), dtype=torch.int64, device=where)
+    count = math.prod(shape)
+    # piece by piece: the arithmetic holds some thirty times the memory of its result
+    pieces = [
+        _elements(start, min(start + _PIECE, count), seed, index, where).to(device) for start in range(0, count, _PIECE)
+    ]
+    return torch.cat(pieces).reshape(shape)
+
+
+def _elements(start: int, stop: int, seed: int, index: int, device: torch.device) -> Tensor:
+    """Return the noise (fp32) of the elements `start` to `stop` of one frame."""
+    element = torch.arange(start, stop, dtype=torch.int64, device=device)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
     words = philox4x32(
         (element & _MASK32, element >> 32, zero + (index & _MASK32), zero + (index >> 32)),
         (seed & _MASK32, seed >> 32),
@@ -149,7 +160,7 @@ def frame_noise(shape: tuple[int, int, int], *, seed: int, index: int, device: t
     # 52 random bits, centred in their cell: never 0 or 1, and exact in fp64
     bits52 = (words[0] << 20) | (words[1] >> 12)
     uniform = (bits52.to(torch.float64) + 0.5) * 2.0**-52
-    return inverse_normal(uniform).to(torch.float32).reshape(shape).to(device)
+    return inverse_normal(uniform).to(torch.float32)
 
 
 def inverse_normal(p: Tensor) -> Tensor:

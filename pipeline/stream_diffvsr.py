@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
@@ -26,20 +27,22 @@ from torch import Tensor, nn
 
 from pipeline.autoencoder import TemporalAutoencoderTiny
 from pipeline.checkpoint import fingerprint, load_checkpoint, save_extras
-from pipeline.errors import CheckpointError, InputError, SizeError
-from pipeline.flow import SCALE, FlowEstimator, FlowName, FlowSize, make_flow
+from pipeline.errors import InputError
+from pipeline.flow import FlowEstimator, FlowName, FlowSize, make_flow
 from pipeline.frames import frame_to_tensor, shrink_to_multiple_of_4, tensor_to_frame
 from pipeline.guidance import Residuals, artg_residuals, embed_condition, flow_warp, reference_residuals
+from pipeline.memory import Tiler
 from pipeline.noise import frame_noise
 from pipeline.options import Guidance, ModelOptions
-from pipeline.schedule import Schedule, ddim_step, make_schedule, require_supported
+from pipeline.preconditions import CALLBACK_TENSORS, require_fit, require_inputs
+from pipeline.schedule import Schedule, ddim_step, make_schedule
 from pipeline.state import StreamState
+from pipeline.tiling import Past, TilePlan, Window, decode_in_tiles, embed_in_tiles, flow_in_tiles, predict_in_tiles
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MINIMUM_SIDE: Final = 16
 DEFAULT_MAX_PIXELS: Final = 4096 * 2304
 
 StepCallback = Callable[["StreamDiffVSRPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -70,7 +73,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             flow estimator is not installed.
     """
 
-    _callback_tensor_inputs: Final = ("latents", "model_output")
+    _callback_tensor_inputs: Final = CALLBACK_TENSORS
 
     unet: UNet2DConditionModel
     controlnet: ControlNetModel
@@ -91,15 +94,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.options = options if options is not None else ModelOptions()
-        _require_fit(unet, controlnet, vae)
-        require_supported(scheduler)
-        if vae.lr_projection is not None and scheduler.config.prediction_type != "sample":
-            raise CheckpointError(
-                f"The autoencoder adds a linear estimate of the clean latent (lr_skip), but the scheduler's "
-                f"prediction_type is {scheduler.config.prediction_type!r}.",
-                code="checkpoint-misfit",
-                remedy="Use prediction_type 'sample', or an autoencoder without lr_skip.",
-            )
+        require_fit(unet, controlnet, vae, scheduler)
         self.register_modules(unet=unet, controlnet=controlnet, vae=vae, scheduler=scheduler)
         if prompt_embeds_1TD is None:
             prompt_embeds_1TD = torch.zeros(1, 1, unet.config.cross_attention_dim)
@@ -109,6 +104,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         self.cache_condition = True
         self.max_pixels = max_pixels
         self._model_sha256 = model_sha256
+        self._tiler = Tiler()
 
     @classmethod
     def from_pretrained(
@@ -190,6 +186,24 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             self._model_sha256 = fingerprint(self.unet, self.controlnet, self.vae, self.scheduler, self.options)
         return self._model_sha256
 
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """How much memory a step may need, everything included (`pipeline.memory`); None: no limit, no tiles."""
+        return self._tiler.limit_bytes
+
+    @memory_limit_bytes.setter
+    def memory_limit_bytes(self, limit_bytes: int | None) -> None:
+        self._tiler = Tiler(limit_bytes)
+
+    @property
+    def tiling(self) -> TilePlan:
+        """The tiles of the latest step."""
+        return self._tiler.plan
+
+    def halve_tiles(self) -> bool:
+        """Make the tiles of further steps smaller, after memory ran out; False where they cannot be."""
+        return self._tiler.halve(self)
+
     def start(self, seed: int = 0, index: int = 0) -> StreamState:
         """Return the state of a new stream.
 
@@ -235,84 +249,68 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             The decoder's output (B,3,4h,4w) as fp32, nominal range [-1, 1], not clamped.
 
         Raises:
-            InputError, SizeError, StateError, ScheduleError: an argument is wrong; nothing was computed.
+            InputError, SizeError, StateError, ScheduleError: an argument is wrong, or the frame needs more memory than
+                `memory_limit_bytes` even in tiles; nothing was computed.
             FlowError: flow is needed and cannot be had.
         """
         # 1. Check everything that can be wrong, before anything is computed
-        self._check_inputs(frames_B3HW, states, noise_B4HW, flow_B2HW, callback_on_step_end_tensor_inputs)
+        require_inputs(self, frames_B3HW, states, noise_B4HW, flow_B2HW, callback_on_step_end_tensor_inputs)
         schedules = self._schedules(steps, len(states))
         device, dtype = self.device, self.unet.dtype
         frames_B3hw = frames_B3HW.to(device, torch.float32)
 
-        # 2. Warp the previous outputs of the streams that have one onto the current frames
+        # 2. Find where the previous outputs of the streams that have one went; warp them, unless that is done by tiles
+        plan = self._tiler.plan_for(self, frames_B3hw.shape)
         later = [b for b, state in enumerate(states) if not state.is_first] if self.guidance.needs_previous else []
-        previous_L3HW, warped_L3HW = None, None
-        if later:
-            previous_L3HW = _gather([states[b].prev_output_3HW for b in later], device, dtype)
-            if self.guidance.needs_warp:
-                if flow_B2HW is None:
-                    previous_input = _gather([states[b].prev_input_3HW for b in later], device, torch.float32)
-                    flow_L2HW = self.flow(frames_B3hw[later], previous_input).to(device)
-                else:
-                    flow_L2HW = flow_B2HW[later].to(device, torch.float32)
-                warped_L3HW = flow_warp(previous_L3HW, flow_L2HW, self.options.warp)
+        previous = [states[b].prev_output_3HW for b in later]
+        past = Past([x.to(device, dtype) for x in previous if x is not None], self.options.warp)
+        warped_L3HW = None
+        if later and self.guidance.needs_warp:
+            if flow_B2HW is None:
+                inputs = [states[b].prev_input_3HW for b in later]
+                previous_L3hw = torch.stack([x.to(device, torch.float32) for x in inputs if x is not None])
+                side = plan.flow
+                run = self.flow if side is None else partial(flow_in_tiles, self.flow, side=side)
+                flow_L2HW = run(frames_B3hw[later], previous_L3hw).to(device)
+            else:
+                flow_L2HW = flow_B2HW[later].to(device, torch.float32)
+            past = Past(past.pictures, self.options.warp, flow_L2HW)
+            if plan.decoder is None:
+                warped_L3HW = flow_warp(torch.stack(list(past.pictures)), flow_L2HW, self.options.warp)
 
-        # 3. Draw the initial latents; make what all denoising steps share
+        # 3. Draw the initial latents; embed ARTG's condition, which all denoising steps share
         latents = self._initial_latents(frames_B3hw, states, noise_B4HW)
         condition_L = None
-        if self.guidance.artg and warped_L3HW is not None:
-            condition_L = embed_condition(self.controlnet, warped_L3HW) if self.cache_condition else warped_L3HW
-        estimate_BChw = None
-        if self.vae.lr_projection is not None:
-            estimate_BChw = self.vae.lr_projection(frames_B3hw.to(dtype)).to(torch.float32)
+        if self.guidance.artg and later:
+            if plan.decoder is not None:
+                condition_L = embed_in_tiles(self.controlnet, past, frames_B3hw, plan.decoder)
+            elif warped_L3HW is not None:
+                condition_L = embed_condition(self.controlnet, warped_L3HW) if self.cache_condition else warped_L3HW
 
-        # 4. Denoise; streams with fewer steps drop out of the batch when they are done
-        for number in range(max(map(len, schedules))):
-            rows = [b for b, schedule in enumerate(schedules) if number < len(schedule)]
-            timesteps = [schedules[b].timesteps[number] for b in rows]
-            timestep_R = torch.tensor(timesteps, device=device)
-            x_RChw = torch.cat([latents[rows], frames_B3hw[rows]], dim=1).to(dtype)
-            prompt_RTD = self.prompt_embeds_1TD.to(device, dtype).expand(len(rows), -1, -1)
-
-            # 4a. ARTG's residuals for the rows that have a previous output
-            residuals = None
-            if condition_L is not None:
-                residuals = self._residuals(x_RChw, timestep_R, prompt_RTD, condition_L, rows, later)
-
-            # 4b. One prediction of the U-Net, one DDIM step
-            model_output = self.unet(
-                x_RChw,
-                timestep_R,
-                encoder_hidden_states=prompt_RTD,
-                down_block_additional_residuals=None if residuals is None else tuple(residuals.down),
-                mid_block_additional_residual=None if residuals is None else residuals.mid,
-                return_dict=False,
-            )[0].to(torch.float32)
-            if estimate_BChw is not None:
-                model_output = model_output + estimate_BChw[rows]
-            arrival = [schedules[b].previous[number] for b in rows]
-            latents = latents.clone()
-            latents[rows] = ddim_step(self.scheduler, model_output, latents[rows], timesteps, arrival)
-
-            if callback_on_step_end is not None:
-                tensors = {"latents": latents, "model_output": model_output}
-                given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, number, timestep_R, given) or {}).get("latents", latents)
+        # 4. Denoise
+        seen_by_caller = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        latents = self._denoise(frames_B3hw, latents, schedules, condition_L, later, plan, *seen_by_caller)
+        del condition_L
 
         # 5. Decode, with TPM where there is a previous output
         latents = (latents / self.vae.config.scaling_factor).to(dtype)
-        features_L = None
-        temporal_L3HW = warped_L3HW if self.guidance.tpm_warped else previous_L3HW
-        if self.guidance.tpm and temporal_L3HW is not None:
-            features_L = self.vae.encode_temporal(temporal_L3HW)
-        output_B3HW = self._decode(latents, features_L, later)
+        with_tpm = later if self.guidance.tpm else []
+        if plan.decoder is not None:
+            look = past.warped if self.guidance.tpm_warped else past.plain
+            output_B3HW = decode_in_tiles(self.vae, latents, look, with_tpm, plan.decoder)
+        else:
+            if not self.guidance.tpm_warped and later:
+                warped_L3HW = torch.stack(list(past.pictures))
+            features_L = self.vae.encode_temporal(warped_L3HW) if with_tpm and warped_L3HW is not None else None
+            output_B3HW = self._decode(latents, features_L, later)
+        del past, previous, warped_L3HW, latents  # the new state needs their room
 
         # 6. Only now, when nothing can fail any more, hand the outcome to the states. They own their memory: neither
         # the caller's tensors nor a neighbour in the batch.
         outputs = [row.clone(memory_format=torch.contiguous_format) for row in output_B3HW]
-        inputs = [row.clone(memory_format=torch.contiguous_format) for row in frames_B3hw]
+        own_inputs = [row.clone(memory_format=torch.contiguous_format) for row in frames_B3hw]
         result = output_B3HW.to(torch.float32).contiguous()
-        for state, output_3HW, input_3HW in zip(states, outputs, inputs, strict=True):
+        for state, output_3HW, input_3HW in zip(states, outputs, own_inputs, strict=True):
             state.advance(output_3HW, input_3HW)
         return result
 
@@ -353,64 +351,9 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             )
-            yield tensor_to_frame(output_B3HW[0], frame_HWC.dtype)
-
-    def _check_inputs(
-        self,
-        frames_B3HW: Tensor,
-        states: Sequence[StreamState],
-        noise_B4HW: Tensor | None,
-        flow_B2HW: Tensor | None,
-        callback_inputs: Sequence[str],
-    ) -> None:
-        if frames_B3HW.ndim != 4 or frames_B3HW.shape[1] != 3 or not frames_B3HW.is_floating_point():
-            raise InputError(
-                f"frames_B3HW has shape {tuple(frames_B3HW.shape)} and type {frames_B3HW.dtype}; "
-                "(streams, 3, height, width) of floating point numbers in [-1, 1] is needed.",
-                code="frames-shape",
-                remedy="Convert 8-bit frames by x / 255 * 2 - 1, or hand them to the pipeline's generator.",
-            )
-        batch, _, height, width = frames_B3HW.shape
-        different = len({id(state) for state in states})
-        if not batch == len(states) == different or batch == 0:
-            raise InputError(
-                f"{batch} frames came with {len(states)} states, {different} of them different.",
-                code="states-count",
-                remedy="Give one state of its own for every frame, and at least one frame.",
-            )
-        if min(height, width) < MINIMUM_SIDE:
-            raise SizeError(
-                f"A frame of {width}x{height} is too small: each side must have at least {MINIMUM_SIDE} pixels.",
-                code="frame-too-small",
-                remedy="Enlarge the video first, or leave it out.",
-            )
-        if height * width > self.max_pixels:
-            raise SizeError(
-                f"A frame of {width}x{height} has {height * width} pixels; the limit is {self.max_pixels}.",
-                code="frame-too-large",
-                remedy="Reduce the video first, or load the model with a larger max_pixels if memory allows it.",
-            )
-        for state in states:
-            state.require_model(self.model_sha256)
-            if not state.is_first and (state.height, state.width) != (height, width):
-                raise SizeError(
-                    f"Frame {state.index} is {width}x{height}; the frame before it was {state.width}x{state.height}.",
-                    code="frame-size-changed",
-                    remedy="Call reset() on the state where the size changes; the next frame then starts anew.",
-                )
-        latent = (batch, self.vae.config.latent_channels, height, width)
-        if noise_B4HW is not None and tuple(noise_B4HW.shape) != latent:
-            raise _wrong_shape("noise_B4HW", noise_B4HW, latent)
-        field = (batch, 2, height * SCALE, width * SCALE)
-        if flow_B2HW is not None and tuple(flow_B2HW.shape) != field:
-            raise _wrong_shape("flow_B2HW", flow_B2HW, field)
-        unknown = sorted(set(callback_inputs) - set(self._callback_tensor_inputs))
-        if unknown:
-            raise InputError(
-                f"A callback cannot be given {', '.join(unknown)}.",
-                code="callback-inputs",
-                remedy=f"Choose from {', '.join(self._callback_tensor_inputs)}.",
-            )
+            picture_HWC = tensor_to_frame(output_B3HW[0], frame_HWC.dtype)
+            del output_B3HW  # not held while the caller works, nor during the next step
+            yield picture_HWC
 
     def _schedules(self, steps: int | Sequence[int | None] | None, batch: int) -> list[Schedule]:
         per_stream = list(steps) if isinstance(steps, Sequence) else [steps] * batch
@@ -433,6 +376,90 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             for state in states
         ]
         return torch.stack(drawn)
+
+    def _denoise(
+        self,
+        frames_B3hw: Tensor,
+        latents: Tensor,
+        schedules: list[Schedule],
+        condition_L: Tensor | None,
+        later: list[int],
+        plan: TilePlan,
+        callback_on_step_end: StepCallback | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        """Take the latents (B,C,h,w) through all denoising steps."""
+        device, dtype = self.device, self.unet.dtype
+        estimate_BChw = None
+        if self.vae.lr_projection is not None:
+            estimate_BChw = self.vae.lr_projection(frames_B3hw.to(dtype)).to(torch.float32)
+        # streams with fewer steps drop out of the batch when they are done
+        for number in range(max(map(len, schedules))):
+            rows = [b for b, schedule in enumerate(schedules) if number < len(schedule)]
+            timesteps = [schedules[b].timesteps[number] for b in rows]
+            timestep_R = torch.tensor(timesteps, device=device)
+            x_RChw = torch.cat([latents[rows], frames_B3hw[rows]], dim=1).to(dtype)
+
+            # 4a. One prediction: ARTG for the rows that have a previous output, then the U-Net
+            if plan.unet is None:
+                model_output = self._predict(x_RChw, timestep_R, condition_L, rows, later).to(torch.float32)
+            else:
+                model_output = self._predict_in_tiles(x_RChw, timestep_R, condition_L, rows, later, plan.unet)
+
+            # 4b. One DDIM step
+            if estimate_BChw is not None:
+                model_output = model_output + estimate_BChw[rows]
+            arrival = [schedules[b].previous[number] for b in rows]
+            latents = latents.clone()
+            latents[rows] = ddim_step(self.scheduler, model_output, latents[rows], timesteps, arrival)
+
+            if callback_on_step_end is not None:
+                tensors = {"latents": latents, "model_output": model_output}
+                given = {name: tensors[name] for name in callback_inputs}
+                latents = (callback_on_step_end(self, number, timestep_R, given) or {}).get("latents", latents)
+        return latents
+
+    def _predict(
+        self, x_RChw: Tensor, timestep_R: Tensor, condition_L: Tensor | None, rows: list[int], later: list[int]
+    ) -> Tensor:
+        """Return the U-Net's prediction (R,C,h,w) for `rows` (numbers of streams), guided by ARTG."""
+        prompt_RTD = self.prompt_embeds_1TD.to(x_RChw.device, x_RChw.dtype).expand(len(rows), -1, -1)
+        residuals = None
+        if condition_L is not None:
+            residuals = self._residuals(x_RChw, timestep_R, prompt_RTD, condition_L, rows, later)
+        prediction: Tensor = self.unet(
+            x_RChw,
+            timestep_R,
+            encoder_hidden_states=prompt_RTD,
+            down_block_additional_residuals=None if residuals is None else tuple(residuals.down),
+            mid_block_additional_residual=None if residuals is None else residuals.mid,
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def _predict_in_tiles(
+        self,
+        x_RChw: Tensor,
+        timestep_R: Tensor,
+        condition_L: Tensor | None,
+        rows: list[int],
+        later: list[int],
+        side: int,
+    ) -> Tensor:
+        """Return what `_predict` returns, put together from tiles, row by row; fp32."""
+
+        def predict(row: int, window: Window) -> Tensor:
+            b, condition = rows[row], None
+            if condition_L is not None and b in later:
+                at = later.index(b)
+                condition = window.of(condition_L[at : at + 1])
+            one = slice(row, row + 1)
+            return self._predict(window.of(x_RChw[one]), timestep_R[one], condition, [b], [b])
+
+        shape = (len(rows), self.unet.config.out_channels, *x_RChw.shape[2:])
+        multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        networks = (self.unet,) if condition_L is None else (self.unet, self.controlnet)
+        return predict_in_tiles(predict, networks, shape, side, multiple, x_RChw.device)
 
     def _residuals(
         self,
@@ -464,34 +491,3 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         output_B3HW[first] = alone
         output_B3HW[later] = self.vae.decode(latents[later], features_L)
         return output_B3HW
-
-
-def _gather(tensors: list[Tensor | None], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Stack one tensor of each of the streams with a previous frame; there, none of them is None."""
-    return torch.stack([tensor.to(device, dtype) for tensor in tensors if tensor is not None])
-
-
-def _require_fit(unet: UNet2DConditionModel, controlnet: ControlNetModel, vae: TemporalAutoencoderTiny) -> None:
-    """Raise CheckpointError unless the channel counts of the three networks agree."""
-    latent = vae.config.latent_channels
-    wanted = {
-        "unet.in_channels": (unet.config.in_channels, latent + 3),
-        "unet.out_channels": (unet.config.out_channels, latent),
-        "controlnet.in_channels": (controlnet.config.in_channels, latent + 3),
-        "controlnet.cross_attention_dim": (controlnet.config.cross_attention_dim, unet.config.cross_attention_dim),
-    }
-    for name, (found, needed) in wanted.items():
-        if found != needed:
-            raise CheckpointError(
-                f"{name} is {found}, but with {latent} latent channels and this U-Net it must be {needed}.",
-                code="checkpoint-misfit",
-                remedy="Take the U-Net, the ControlNet and the autoencoder from one checkpoint.",
-            )
-
-
-def _wrong_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> InputError:
-    return InputError(
-        f"{name} has shape {tuple(tensor.shape)}; {wanted} is needed.",
-        code="tensor-shape",
-        remedy="Give one row per stream, also for streams at their first frame.",
-    )
