@@ -7,20 +7,18 @@ moments are drawn from the number of the run, so that each can be repeated.
 from __future__ import annotations
 
 import random
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from infra.storage import storage_for
-from jobs.cli import main
 from jobs.manifest import read_manifest
 from tests.films import frame_hashes, make_film
 from tests.object_stores import BUCKET, SeaweedFS, use
@@ -31,6 +29,7 @@ SEGMENTS = 2 + 3 + 2
 KINDS = ("driver", "worker", "store")
 PATIENCE_S = 300.0
 IN_EVERY_RUN = 6
+Strike = Callable[["subprocess.Popen[bytes]"], object]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +38,11 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(film: Path, model: Path, ray_running: None, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def expected(film: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What an undisturbed run gives."""
     result = tmp_path_factory.mktemp("undisturbed") / "out.mp4"
     options = ("--model", str(model), "--steps", "1", "--preset", "ultrafast")
-    assert main(["restore", str(film), str(result), *OPTIONS, *options]) == 0
+    assert run(["restore", str(film), str(result), *OPTIONS, *options]) == 0
     return frame_hashes(result)
 
 
@@ -83,8 +82,8 @@ def at_a_moment(area: str, chance: random.Random, strike: Callable[[], None]) ->
         thread.join()
 
 
-def kill_worker() -> None:
-    for process in psutil.Process().children(recursive=True):
+def kill_worker(driver: subprocess.Popen[bytes]) -> None:
+    for process in psutil.Process(driver.pid).children(recursive=True):
         try:
             if "MapWorker" in " ".join(process.cmdline()):
                 process.kill()
@@ -93,22 +92,20 @@ def kill_worker() -> None:
             continue
 
 
-def run_and_kill_driver(arguments: list[str], area: str, chance: random.Random) -> int:
-    """Run the command in a process of its own, kill it, and return its status: negative if it was hit in time."""
+def run(arguments: list[str], area: str = "", chance: random.Random | None = None, strike: Strike | None = None) -> int:
+    """Run the command in a process of its own with a Ray of its own; return its status, negative if it was killed."""
     driver = subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    workers = []
+    workers: list[psutil.Process] = []
+    moment = at_a_moment(area, chance, lambda: strike(driver)) if chance and strike else nullcontext()
     try:
-        with at_a_moment(area, chance, lambda: driver.send_signal(signal.SIGKILL)):
+        with moment:
             while driver.poll() is None:
-                workers = psutil.Process(driver.pid).children(recursive=True) or workers
-                try:
+                with suppress(psutil.Error):
+                    workers = psutil.Process(driver.pid).children(recursive=True) or workers
+                with suppress(subprocess.TimeoutExpired):
                     driver.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    continue
-                except psutil.Error:
-                    break
     finally:
         if driver.poll() is None:
             driver.kill()
@@ -126,7 +123,6 @@ def test_nothing_is_lost(
     store: SeaweedFS,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     number: int,
 ) -> None:
     chance = random.Random(number)
@@ -151,26 +147,23 @@ def test_nothing_is_lost(
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
 
-    def strike_store() -> None:
+    def strike_store(driver: object) -> None:
         store.kill()
         time.sleep(chance.random())
         store.start()
 
+    strikes: dict[str, Strike] = {"driver": lambda driver: driver.kill(), "worker": kill_worker, "store": strike_store}
     codes = []
     try:
-        if kind == "driver":
-            codes.append(run_and_kill_driver(arguments, area, chance))
-        else:
-            with at_a_moment(area, chance, kill_worker if kind == "worker" else strike_store):
-                codes.append(main(arguments))
+        codes.append(run(arguments, area, chance, strikes[kind]))
         limit = time.monotonic() + PATIENCE_S
         while codes[-1] != 0 and time.monotonic() < limit:
-            codes.append(main(arguments))
+            codes.append(run(arguments))
     finally:
         stop.set()
         watcher.join()
-    assert codes[-1] == 0 and not early, (codes, capsys.readouterr().err)
-    assert main(arguments) == 0  # finished: nothing to do
+    assert codes[-1] == 0 and not early, codes
+    assert run(arguments) == 0  # finished: nothing to do
     local = tmp_path / "fetched.mp4"
     storage_for(result).fetch(result, local)
     assert frame_hashes(local) == expected
