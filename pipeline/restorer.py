@@ -228,6 +228,8 @@ class Restorer(nn.Module):
         else:
             self.controlnet.save_pretrained(folder / "controlnet")
         self.scheduler.save_pretrained(folder / "scheduler")
+        for part in ("unet", "vae", "controlnet"):
+            _forget_origin(folder / part / "config.json")
         index = {"_class_name": "StreamDiffVSRPipeline", **parts}
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         prompt = torch.zeros(1, 1, self.unet.config.cross_attention_dim)
@@ -252,6 +254,13 @@ class Restorer(nn.Module):
         )
         restorer.history = history
         return restorer
+
+
+def _forget_origin(config: Path) -> None:
+    """Take out the path from which the weights were once read: models are given away, names of folders are not."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _size_of(unet: UNet2DConditionModel, vae: TemporalAutoencoderTiny) -> ModelSize:

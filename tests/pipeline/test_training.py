@@ -286,6 +286,13 @@ def test_a_run_folder_of_another_stage_is_refused(photographs: Path, model: Path
         Trainer(config("stage1", photographs, tmp_path / "other"))
 
 
+def test_a_saved_model_does_not_tell_where_it_was_made(model: Path, tmp_path: Path) -> None:
+    Restorer.load(model).save(tmp_path / "again", MODEL_CONFIG)
+    texts = [file.read_text() for file in (tmp_path / "again").rglob("*.json")]
+    assert len(texts) > 5
+    assert not any(str(tmp_path) in text for text in texts)
+
+
 def test_untrained_guidance_is_not_taken_for_trained(model: Path) -> None:
     assert Restorer.load(model).controlnet is None
     (model / "training.json").write_text(json.dumps({"stage1": 5, "stage3": 2}))
