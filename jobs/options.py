@@ -12,7 +12,10 @@ import typer
 
 Source = Annotated[
     str,
-    typer.Argument(help="A video, a folder of videos or of pictures, a pattern, a list file, or an s3:// place.", show_default=False),
+    typer.Argument(
+        help="A video, a folder of videos or of pictures, a pattern, a list file, or an s3:// place.",
+        show_default=False,
+    ),
 ]
 Destination = Annotated[
     str,
