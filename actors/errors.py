@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TypedDict
 
 from infra.errors import ClusterError, CodedError, InfraError, SettingsError
-from pipeline.errors import CheckpointError, FlowError, PipelineError, ScheduleError, StateError
+from pipeline.errors import CheckpointError, FlowError, MemoryLimitError, PipelineError, ScheduleError, StateError
 from pipeline.video_errors import DestinationError, EncodeError, UnsupportedOutput
 
 
@@ -93,6 +93,8 @@ def failure_class(error: BaseException) -> FailureClass:
         return FailureClass.STORAGE
     if isinstance(error, EncodeError):
         return FailureClass.ENCODE
+    if isinstance(error, MemoryLimitError):
+        return FailureClass.OUT_OF_MEMORY
     if isinstance(error, PipelineError):
         return FailureClass.SOURCE
     if isinstance(error, ActorsError):

@@ -49,7 +49,7 @@ class EngineOptions:
     Attributes:
         slots: rows that are restored side by side, sharing the batches of the model.
         stall_s: the longest time that a row may stand still, in seconds.
-        memory_gb: what a step may need, in 10^9 bytes; None: no limit.
+        memory_gb: what the worker (on a GPU: its allocations there) may need, in 10^9 bytes; None: no limit.
         version: of Upriver where the job was started.
     """
 
@@ -164,6 +164,8 @@ class Upscaler:
                 step=batch.step,
                 from_start=from_start,
             )
+            if pipe.device.type == "cpu":  # a limit is on main memory then, which pictures and encoder share
+                pipe.set_aside(self._options.slots * task.beside_bytes)
             try:
                 with batch.row(), task:
                     yield from self._advance(row, task)

@@ -48,6 +48,10 @@ class SizeError(PipelineError):
     """A frame is smaller or larger than the model can restore, or differs from its stream's size."""
 
 
+class MemoryLimitError(SizeError):
+    """A frame, or a batch of them, needs more memory than is allowed, even in tiles."""
+
+
 class StateError(PipelineError):
     """A stream state cannot be read, belongs to another model, or to another stream."""
 

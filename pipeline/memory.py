@@ -4,7 +4,7 @@ The estimate runs the engine itself on tensors that have sizes but no data (torc
 alive at every moment. So it holds for every checkpoint and follows every change of the engine. It does not see what
 operators hold inside themselves, nor what an allocator keeps for later: hence `SLACK`.
 
-Knows: sizes. Does not know: how large the machine is, what a decoder, an encoder or a queue of pictures holds.
+Knows: sizes. Does not know: how large the machine is.
 
 On the CPU an estimate is that of the whole process (resident set); on a GPU that of its allocations
 (`torch.cuda.max_memory_allocated`), without the context of CUDA.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.errors import SizeError
+from pipeline.errors import MemoryLimitError
 from pipeline.flow import SCALE, FlowEstimator, RAFTFlow, ZeroFlow, upscale_flow
 from pipeline.state import StreamState
 from pipeline.tiling import SMALLEST_TILE, TilePlan
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 RUNTIME_BYTES: Final = 600 << 20  # a process that has loaded torch, diffusers and OpenCV but no model
 SLACK: Final = 1.1  # share of the limit that stays unused, for what the estimate does not see
+ENCODER_BYTES_PER_PIXEL: Final = 210  # libx264 with its forty pictures of foresight, 4:2:0; measured
 _DIS_BYTES_PER_PIXEL: Final = 120  # pyramids, gradients and patches of OpenCV's estimator
 _SIDES: Final = (1024, 768, 512, 384, 256, 192, 128, 96, 64)
 
@@ -69,13 +70,24 @@ def estimate(
     return _Rehearsal(pipe).estimate(height, width, batch, plan or TilePlan())
 
 
+def beside_the_step(*, restored_pixels: int, written_pixels: int, waiting: int) -> int:
+    """Return how many bytes a stream needs outside the model, in main memory, for 8-bit pictures.
+
+    Args:
+        restored_pixels: of a picture as the model gives it.
+        written_pixels: of a picture as it is encoded.
+        waiting: restored pictures between model and encoder, at most.
+    """
+    return 3 * restored_pixels * waiting + ENCODER_BYTES_PER_PIXEL * written_pixels
+
+
 def fits(pipe: StreamDiffVSRPipeline, limit_bytes: int, height: int, width: int, *, batch: int = 1) -> TilePlan:
     """Return the plan with the largest tiles that keeps a step within `limit_bytes`; whole frames if they fit.
 
     The decoder is cut first, because its tiles are exact; then the flow (RAFT only), then the U-Net.
 
     Raises:
-        SizeError: even the smallest tiles need more.
+        MemoryLimitError: even the smallest tiles need more.
     """
     rehearsal = _Rehearsal(pipe)
 
@@ -94,9 +106,9 @@ def fits(pipe: StreamDiffVSRPipeline, limit_bytes: int, height: int, width: int,
         unet_sides = [longest, *sides] if batch > 1 else sides
         least, needed = _largest(unet_sides, lambda side: replace(least, unet=side), needs, limit_bytes)
     if needed > limit_bytes:
-        raise SizeError(
+        raise MemoryLimitError(
             f"A frame of {width}x{height} needs about {needed / 1e9:.1f} GB even in the smallest tiles "
-            f"({batch} at once); the limit is {limit_bytes / 1e9:.1f} GB.",
+            f"({batch} at once); the limit leaves {limit_bytes / 1e9:.1f} GB for it.",
             code="memory-limit",
             remedy="Raise the memory limit, restore fewer streams at once, or reduce the video first.",
         )
@@ -116,16 +128,25 @@ def _largest(
     return plan, needed
 
 
+def allocated_by(work: Callable[[], object]) -> int:
+    """Return the most bytes that tensors of the device "meta" stand for at any moment while `work` runs."""
+    with _Counter() as counter:
+        work()
+    return counter.peak
+
+
 class Tiler:
     """Chooses the tiles of a pipeline's steps: by a limit, and smaller ones after memory ran out all the same.
 
     Attributes:
         limit_bytes: None chooses whole frames.
+        beside_bytes: what of it others need (`beside_the_step`).
         plan: of the latest step.
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         self.limit_bytes = limit_bytes
+        self.beside_bytes = 0
         self.plan = TilePlan()
         self._most = TilePlan()
         self._shape: tuple[int, int, int] | None = None
@@ -135,16 +156,18 @@ class Tiler:
         """Return the plan for frames of `shape` (B,3,h,w).
 
         Raises:
-            SizeError: no tiles are small enough.
+            MemoryLimitError: no tiles are small enough.
         """
         batch, _, height, width = shape
-        self._shape = (batch, height, width)
+        self._shape = None
         plan = TilePlan()
         if self.limit_bytes is not None:
-            key = (batch, height, width, pipe.dtype, pipe.device.type, pipe.flow, pipe.guidance)
+            limit_bytes = self.limit_bytes - self.beside_bytes
+            key = (limit_bytes, batch, height, width, pipe.dtype, pipe.device.type, pipe.flow, pipe.guidance)
             if key not in self._plans:
-                self._plans[key] = fits(pipe, self.limit_bytes, height, width, batch=batch)
+                self._plans[key] = fits(pipe, limit_bytes, height, width, batch=batch)
             plan = self._plans[key]
+        self._shape = (batch, height, width)
         most = self._most
         self.plan = TilePlan(
             decoder=_smaller(plan.decoder, most.decoder),
@@ -157,7 +180,7 @@ class Tiler:
         """Make all further tiles smaller: the decoder's, and the others' where that alone would not bring much.
 
         Returns:
-            False where nothing can become smaller, or no step has been tried.
+            False where nothing can become smaller, or no step was within the limit.
         """
         if self._shape is None:
             return False
@@ -172,7 +195,7 @@ class Tiler:
                 if rehearsal.estimate(height, width, batch, plan).step < 0.75 * before:
                     break
         changed = plan != self.plan
-        self._most = plan
+        self._most = self.plan = plan
         return changed
 
 

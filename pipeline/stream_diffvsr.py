@@ -188,12 +188,16 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
 
     @property
     def memory_limit_bytes(self) -> int | None:
-        """How much memory a step may need, everything included (`pipeline.memory`); None: no limit, no tiles."""
+        """How much memory the process (on a GPU: its allocations) may need; None: no limit, no tiles."""
         return self._tiler.limit_bytes
 
     @memory_limit_bytes.setter
     def memory_limit_bytes(self, limit_bytes: int | None) -> None:
         self._tiler = Tiler(limit_bytes)
+
+    def set_aside(self, beside_bytes: int) -> None:
+        """Leave so much of the limit to what others hold: queues of pictures, an encoder; 0 or more."""
+        self._tiler.beside_bytes = beside_bytes
 
     @property
     def tiling(self) -> TilePlan:

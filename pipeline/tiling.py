@@ -33,7 +33,7 @@ from pipeline.flow import SCALE, FlowEstimator
 from pipeline.guidance import WarpMode, embed_condition, flow_warp
 
 UNET_BLEND: Final = 8  # half the width of the ramp across a border of two U-Net tiles, in latent pixels
-UNET_CONTEXT: Final = 24  # what a U-Net tile sees beyond its ramp
+UNET_CONTEXT: Final = 40  # what a U-Net tile sees beyond its ramp
 FLOW_BLEND: Final = 8  # the same for tiles of flow, in input pixels
 FLOW_CONTEXT: Final = 24  # motion beyond about this many input pixels is lost at the borders of flow tiles
 SMALLEST_TILE: Final = 32

@@ -158,6 +158,17 @@ def test_raft_at_input_size(raft_weights: Path) -> None:
     assert estimator(*pair(17, 33)).shape == (1, 2, 68, 132)
 
 
+def test_the_memory_of_raft_is_counted_without_running_it(raft_weights: Path) -> None:
+    from pipeline.memory import allocated_by
+
+    current, previous = torch.empty(1, 3, 120, 160, device="meta"), torch.empty(1, 3, 120, 160, device="meta")
+    volume = ((4 * 120 // 8) * (4 * 160 // 8)) ** 2 * 4
+    whole = allocated_by(lambda: RAFTFlow(weights=raft_weights).without_data()(current, previous))
+    assert 2 * volume < whole < 4 * volume
+    small = allocated_by(lambda: RAFTFlow("input", raft_weights).without_data()(current, previous))
+    assert small < whole / 5
+
+
 def test_raft_refuses_other_weights(raft_weights: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
