@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -93,7 +93,6 @@ class SegmentWriter:
         self._partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
         self._output: av.container.OutputContainer | None = None
         self._first_dts: int | None = None
-        self._last_dts = 0
         # The packet that was encoded last waits, because it alone says how long the picture shown last is seen.
         self._waiting: Any = None
         self._last_duration = 0
@@ -126,7 +125,10 @@ class SegmentWriter:
         if self._output is None:
             raise EncodeError("No picture was written to the segment.", remedy="Check that the source has pictures.")
         try:
-            self._mux(self._encoder.flush())
+            rest = self._encoder.flush()
+            if self._first_dts is None:
+                _recount(rest)
+            self._mux(rest)
             self._waiting.duration = self._last_duration
             self._output.mux(self._waiting)
             self._output.close()
@@ -158,17 +160,23 @@ class SegmentWriter:
     def _mux(self, packets: Iterable[Any]) -> None:
         assert self._output is not None
         for packet in packets:
-            # An encoder that gets fewer pictures than it holds back may invent the first decoding time (x265 does).
-            # None needs more lead than lies between the first and the last picture so far.
-            earliest = 2 * self._order.first_pts - self._order.last_pts
             if self._first_dts is None:
-                self._first_dts = self._last_dts = min(max(packet.dts, earliest), packet.pts)
-            else:
-                self._last_dts = max(packet.dts, self._last_dts + 1)
-            packet.pts, packet.dts = packet.pts - self._first_dts, self._last_dts - self._first_dts
+                self._first_dts = packet.dts
+            packet.pts, packet.dts = packet.pts - self._first_dts, packet.dts - self._first_dts
             if self._waiting is not None:
                 self._output.mux(self._waiting)
             self._waiting = packet
+
+
+def _recount(packets: Sequence[Any]) -> None:
+    """Give the packets of a whole segment, in decoding order, the latest decoding times that suit them.
+
+    An encoder that gets fewer pictures than it holds back may invent them (x265 does, and not the same each time).
+    """
+    stamps = sorted(packet.pts for packet in packets)
+    lead = max(stamp - packet.pts for stamp, packet in zip(stamps, packets, strict=True))
+    for stamp, packet in zip(stamps, packets, strict=True):
+        packet.dts = stamp - lead
 
 
 def segment_encoder(
