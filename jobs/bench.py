@@ -50,6 +50,7 @@ class BenchResult:
     step_ms: float
     model_fps: float
     peak_memory_mib: int
+    estimated_memory_mib: int
     hardware: str
     torch: str
     date: str
@@ -77,6 +78,7 @@ def measure(settings: Settings, width: int, height: int, frames: int) -> BenchRe
     import torch
 
     from actors.hardware import choose_device, choose_dtype, usable_cores
+    from pipeline.memory import estimate
     from pipeline.schedule import DEFAULT_STEPS
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
@@ -112,6 +114,7 @@ def measure(settings: Settings, width: int, height: int, frames: int) -> BenchRe
         step_ms=round(typical_step_ms, 2),
         model_fps=round(1000 / typical_step_ms, 3),
         peak_memory_mib=_peak_memory_mib(),
+        estimated_memory_mib=estimate(pipe, height, width).total >> 20,
         hardware=hardware_name(),
         torch=torch.__version__,
         date=time.strftime("%Y-%m-%d", time.gmtime()),
@@ -301,4 +304,7 @@ def _print(result: BenchResult) -> None:
         table.add_row(name, f"{result.stages_ms[name]:.1f}")
     table.add_row("model alone", f"{result.step_ms:.1f}")
     console.print(table)
-    console.print(f"{result.model_fps:.2f} frames per second in the model, peak memory {result.peak_memory_mib} MiB")
+    console.print(
+        f"{result.model_fps:.2f} frames per second in the model, "
+        f"peak memory {result.peak_memory_mib} MiB (estimated for the model: {result.estimated_memory_mib} MiB)"
+    )

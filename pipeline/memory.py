@@ -2,7 +2,7 @@
 
 The estimate runs the engine itself on tensors that have sizes but no data (torch's "meta" device) and counts what is
 alive at every moment. So it holds for every checkpoint and follows every change of the engine. It does not see what
-operators hold inside themselves, nor what an allocator keeps for later: hence `SLACK`.
+operators hold inside themselves, nor what an allocator keeps for later: hence `UNSEEN`, and `SLACK` before a limit.
 
 Knows: sizes. Does not know: how large the machine is.
 
@@ -30,8 +30,10 @@ from pipeline.tiling import SMALLEST_TILE, TilePlan
 if TYPE_CHECKING:
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
-RUNTIME_BYTES: Final = 600 << 20  # a process that has loaded torch, diffusers and OpenCV but no model
-SLACK: Final = 1.1  # share of the limit that stays unused, for what the estimate does not see
+RUNTIME_BYTES: Final = 550 << 20  # a process that has loaded torch, diffusers and OpenCV but no model
+UNSEEN: Final = 1.1  # what a step takes for every byte that was counted; measured
+SLACK: Final = 1.15  # a step that is kept within a limit may take so much more than estimated
+WORKER_BYTES: Final = 150 << 20  # what a worker of a cluster and its video decoder add to the process
 ENCODER_BYTES_PER_PIXEL: Final = 210  # libx264 with its forty pictures of foresight, 4:2:0; measured
 _DIS_BYTES_PER_PIXEL: Final = 120  # pyramids, gradients and patches of OpenCV's estimator
 _SIDES: Final = (1024, 768, 512, 384, 256, 192, 128, 96, 64)
@@ -78,7 +80,7 @@ def beside_the_step(*, restored_pixels: int, written_pixels: int, waiting: int) 
         written_pixels: of a picture as it is encoded.
         waiting: restored pictures between model and encoder, at most.
     """
-    return 3 * restored_pixels * waiting + ENCODER_BYTES_PER_PIXEL * written_pixels
+    return WORKER_BYTES + 3 * restored_pixels * waiting + ENCODER_BYTES_PER_PIXEL * written_pixels
 
 
 def fits(pipe: StreamDiffVSRPipeline, limit_bytes: int, height: int, width: int, *, batch: int = 1) -> TilePlan:
@@ -92,7 +94,8 @@ def fits(pipe: StreamDiffVSRPipeline, limit_bytes: int, height: int, width: int,
     rehearsal = _Rehearsal(pipe)
 
     def needs(plan: TilePlan) -> int:
-        return round(SLACK * rehearsal.estimate(height, width, batch, plan).total)
+        found = rehearsal.estimate(height, width, batch, plan)
+        return found.total + round((SLACK - 1) * found.step)
 
     if needs(TilePlan()) <= limit_bytes:
         return TilePlan()
@@ -247,7 +250,7 @@ class _Rehearsal:
                 )
                 states.append(state)
             self._pipe.step(torch.empty(batch, 3, height, width), states, torch.empty(latent), steps=1)
-        return MemoryEstimate(RUNTIME_BYTES if self._on_cpu else 0, self._weights, counter.peak)
+        return MemoryEstimate(RUNTIME_BYTES if self._on_cpu else 0, self._weights, round(UNSEEN * counter.peak))
 
 
 class _Fixed(Tiler):
