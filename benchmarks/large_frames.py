@@ -28,12 +28,13 @@ def restore(clip: str, width: int, height: int, limit_gb: float, frames: int, ta
 
     from pipeline import StreamDiffVSRPipeline
     from pipeline.frames import frame_to_tensor, tensor_to_frame
-    from pipeline.memory import estimate
+    from pipeline.memory import WORKER_BYTES, estimate
     from pipeline.video import VideoReader
 
     torch.set_num_threads(1)
     pipe = StreamDiffVSRPipeline.from_pretrained("tiny")
     pipe.memory_limit_bytes = int(limit_gb * 1e9) or None
+    pipe.set_aside(WORKER_BYTES)  # for the reader and the pictures here
     state = pipe.start()
     picture_HWC: np.ndarray = np.empty(0)
     taken_s = []

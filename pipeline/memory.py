@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 RUNTIME_BYTES: Final = 550 << 20  # a process that has loaded torch, diffusers and OpenCV but no model
 UNSEEN: Final = 1.1  # what a step takes for every byte that was counted; measured
-SLACK: Final = 1.15  # a step that is kept within a limit may take so much more than estimated
+SLACK: Final = 1.3  # a step that is kept within a limit may take so much more than estimated
 WORKER_BYTES: Final = 150 << 20  # what a worker of a cluster and its video decoder add to the process
 ENCODER_BYTES_PER_PIXEL: Final = 210  # libx264 with its forty pictures of foresight, 4:2:0; measured
 _DIS_BYTES_PER_PIXEL: Final = 120  # pyramids, gradients and patches of OpenCV's estimator
