@@ -237,7 +237,7 @@ def test_a_limit_chooses_the_tiles_and_they_are_kept_within_it(pipe: StreamDiffV
     assert plan.decoder is not None and estimate(pipe, 540, 960, plan=plan).total <= tight
     pipe.memory_limit_bytes = round(SLACK * whole) + 10**9
     assert Tiler.plan_for(pipe._tiler, pipe, (1, 3, 540, 960)).is_whole
-    pipe.set_aside(10**9 + whole // 10)
+    pipe.set_aside(10**9 + round((SLACK - 1) * whole))
     assert not pipe._tiler.plan_for(pipe, (1, 3, 540, 960)).is_whole
     with pytest.raises(MemoryLimitError, match="smallest tiles") as caught:
         fits(pipe, 700 << 20, 1080, 1920)
