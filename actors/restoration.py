@@ -36,7 +36,7 @@ from pipeline.video import Deinterlace, Limits, VideoFrame, VideoReader
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+    from pipeline.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Restoration:
 
     def __init__(
         self,
-        pipe: StreamDiffVSRPipeline,
+        pipe: Engine,
         row: Row,
         *,
         threads: int,

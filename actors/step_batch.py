@@ -20,8 +20,8 @@ from torch import Tensor
 from actors.errors import FailureClass, failure_class
 
 if TYPE_CHECKING:
+    from pipeline.engine import Engine
     from pipeline.state import StreamState
-    from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class StepBatch:
     tried again in smaller tiles.
     """
 
-    def __init__(self, pipe: StreamDiffVSRPipeline, *, largest: int, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, pipe: Engine, *, largest: int, patience_s: float = PATIENCE_S) -> None:
         self.sizes: dict[int, int] = {}
         self._pipe = pipe
         self._largest = largest

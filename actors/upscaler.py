@@ -33,7 +33,7 @@ from infra.storage import join, parent, storage_for
 
 if TYPE_CHECKING:
     from actors.step_batch import StepBatch
-    from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+    from pipeline.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Upscaler:
 
     def __init__(self, engine: dict[str, Any]) -> None:
         self._options = EngineOptions(**engine)
-        self._pipe: StreamDiffVSRPipeline | None = None
+        self._pipe: Engine | None = None
         self._batch: StepBatch | None = None
         self._loading = threading.Lock()
         self._load_s = 0.0
@@ -107,7 +107,7 @@ class Upscaler:
         place = self._stall_places[row_id]
         storage_for(place).write(place, platform.node().encode())
 
-    def _load(self) -> tuple[StreamDiffVSRPipeline, StepBatch]:
+    def _load(self) -> tuple[Engine, StepBatch]:
         import torch
 
         with self._loading:
@@ -116,11 +116,11 @@ class Upscaler:
             torch.set_num_threads(self._options.threads)
             if self._pipe is None or self._batch is None:
                 from actors.step_batch import StepBatch
-                from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+                from pipeline.engine import open_engine
 
                 began = time.perf_counter()
                 device = choose_device(self._options.device)
-                self._pipe = StreamDiffVSRPipeline.from_pretrained(
+                self._pipe = open_engine(
                     local_model(self._options.model),
                     torch_dtype=choose_dtype(self._options.dtype, device),
                     device=device,

@@ -26,10 +26,11 @@ def resolve_model(source: str) -> ResolvedModel:
         CheckpointError: it is unknown, incomplete, pickled, or does not fit its configuration.
         StorageError: it is in an object store and cannot be fetched.
     """
-    from pipeline.checkpoint import built_in_models, load_checkpoint
+    from pipeline.checkpoint import built_in_models
+    from pipeline.engine import identify
 
-    checkpoint = load_checkpoint(local_model(source))
+    sha256 = identify(local_model(source))
     folder = Path(source).expanduser()
     if source not in built_in_models() and folder.is_dir():
         source = str(folder.resolve())
-    return ResolvedModel(source, checkpoint.model_sha256)
+    return ResolvedModel(source, sha256)

@@ -1,0 +1,126 @@
+"""What restores frames, as the rest of the product sees it: a checkpoint's pipeline, or a stand-in that takes a while.
+
+The stand-in is for measuring everything around the model: it waits for a given time, as long for one stream as for
+many, and returns the frame four times as large by repetition. Decoding, encoding, storage, scheduling and recovery are
+the same as ever, on machines without a GPU too. Its name is ``stand-in:MS``, MS being milliseconds a step.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import load_checkpoint
+from pipeline.errors import CheckpointError, InputError
+from pipeline.flow import FlowName
+from pipeline.state import StreamState
+from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+from pipeline.tiling import TilePlan
+
+_STAND_IN: Final = re.compile(r"stand-in:(\d+(?:\.\d+)?)")
+_LONGEST_MS: Final = 600_000.0
+
+
+def is_stand_in(source: str) -> bool:
+    """Return whether a model's name is that of a stand-in."""
+    return source.startswith("stand-in:")
+
+
+def identify(source: str) -> str:
+    """Return a model's fingerprint, which its weights are read for and compared with their configuration.
+
+    Raises:
+        CheckpointError: it is unknown, incomplete, pickled, or does not fit its configuration.
+    """
+    return StandIn(source).model_sha256 if is_stand_in(source) else load_checkpoint(source).model_sha256
+
+
+def open_engine(
+    source: str, *, torch_dtype: torch.dtype, device: str, flow: FlowName | None, max_pixels: int
+) -> Engine:
+    """Return the engine with this name, folder or hub id; arguments as in `StreamDiffVSRPipeline.from_pretrained`.
+
+    Raises:
+        CheckpointError, FlowError: as there.
+    """
+    if is_stand_in(source):
+        return StandIn(source)
+    return StreamDiffVSRPipeline.from_pretrained(
+        source, torch_dtype=torch_dtype, device=device, flow=flow, max_pixels=max_pixels
+    )
+
+
+class _NoFlow:
+    name = "none"
+
+
+class StandIn:
+    """Takes the place of a model whose step would take a fixed time.
+
+    Args:
+        source: ``stand-in:40`` waits for 40 milliseconds a step, however many streams share it.
+
+    Raises:
+        CheckpointError: no such name, or more than ten minutes.
+    """
+
+    memory_limit_bytes: int | None = None
+
+    def __init__(self, source: str) -> None:
+        found = _STAND_IN.fullmatch(source)
+        if found is None or float(found[1]) > _LONGEST_MS:
+            raise CheckpointError(
+                f"{source!r} is no stand-in.",
+                code="stand-in-name",
+                remedy=f"Write stand-in:40 for one of 40 milliseconds a step; {_LONGEST_MS:.0f} at most.",
+            )
+        self._step_s = float(found[1]) / 1000
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.flow = _NoFlow()
+        self.model_sha256 = sha256(b"stand-in").hexdigest()  # the time that it takes does not change a pixel
+
+    @property
+    def tiling(self) -> TilePlan:
+        """No tiles."""
+        return TilePlan()
+
+    def set_aside(self, beside_bytes: int) -> None:
+        """Nothing: no memory is needed."""
+
+    def halve_tiles(self) -> bool:
+        """Return False: there is nothing to halve."""
+        return False
+
+    def start(self, seed: int = 0, index: int = 0) -> StreamState:
+        """Return the state of a new stream."""
+        return StreamState(model_sha256=self.model_sha256, seed=seed, index=index)
+
+    def step(
+        self, frames_B3HW: Tensor, states: Sequence[StreamState], *, steps: Sequence[int | None] | int | None = None
+    ) -> Tensor:
+        """Wait, then return frames (B,3,h,w) as (B,3,4h,4w), fp32; the states advance as with a model.
+
+        Raises:
+            InputError: not one state per frame.
+        """
+        if len(states) != len(frames_B3HW):
+            raise InputError(
+                f"{len(frames_B3HW)} frames and {len(states)} states.", code="states-count", remedy="Give one each."
+            )
+        ready = time.perf_counter() + self._step_s
+        output_B3HW = frames_B3HW.to(torch.float32).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+        time.sleep(max(0.0, ready - time.perf_counter()))
+        for state, output_3HW, input_3HW in zip(states, output_B3HW, frames_B3HW, strict=True):
+            state.require_model(self.model_sha256)
+            state.advance(output_3HW.clone(), input_3HW.clone())
+        return output_B3HW
+
+
+Engine = StreamDiffVSRPipeline | StandIn
