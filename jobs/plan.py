@@ -24,8 +24,8 @@ from jobs.sources import Item
 
 # Grows with every change that makes other shots or segments of the same source: older work is then not gone on with.
 PLAN_VERSION = 2
-# Videos planned in one run of Ray Data, each as a block of its own: what the driver holds at a time.
-_WAVE = 1000
+# Videos planned in one run of Ray Data, each as a block of its own: what may be planned ahead of what is asked for.
+_WAVE = 200
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ from infra.cluster import Cluster, quiet_data
 from infra.settings import Settings
 from jobs.errors import ExitCode, Interrupted
 
+# What Ray Data is told in a job; see the module's docstring.
+JOB_CONTEXT = {"target_max_block_size": 1, "max_errored_blocks": -1, "execution_no_progress_timeout_s": -1}
 # How long a stopped job waits for a record, at which its rows can be stopped in order; then it leaves them to Ray.
 _STOP_S = 5.0
 
@@ -77,12 +79,7 @@ def run_rows(rows: Sequence[Row], engine: EngineOptions, size: PoolSize) -> Gene
     """
     import ray.data
 
-    context = {
-        "target_max_block_size": 1,
-        "max_errored_blocks": -1,
-        "execution_no_progress_timeout_s": -1,
-    }
-    with quiet_data(**context), warnings.catch_warnings():
+    with quiet_data(**JOB_CONTEXT), warnings.catch_warnings():
         # Ray has no other way yet to bound restarts than the keyword arguments that it announces to remove.
         warnings.simplefilter("ignore", category=DeprecationWarning)
         data = ray.data.from_items([dict(row) for row in rows], override_num_blocks=len(rows)).map_batches(

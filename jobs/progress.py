@@ -44,9 +44,9 @@ class _Rate(ProgressColumn):
 
 
 class ProgressBar:
-    """A bar over all frames of a job; a context manager."""
+    """A bar over all frames of a job, as far as they are planned; a context manager."""
 
-    def __init__(self, total_frames: int, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -60,7 +60,7 @@ class ProgressBar:
             disable=quiet or not console.is_terminal,
             speed_estimate_period=60.0,
         )
-        self._task = self._progress.add_task("starting", total=total_frames, of=str(total_frames))
+        self._task = self._progress.add_task("starting", total=None, of="?")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -71,9 +71,9 @@ class ProgressBar:
     ) -> None:
         self._progress.stop()
 
-    def show(self, name: str, frames: int) -> None:
-        """Show that `frames` of the job are done, the last ones of the video `name`."""
-        self._progress.update(self._task, description=name, completed=frames)
+    def show(self, name: str, frames: int, total: int) -> None:
+        """Show that `frames` of `total` are done, the last ones of the video `name`."""
+        self._progress.update(self._task, description=name, completed=frames, total=total, of=str(total))
 
 
 def print_summary(outcomes: Sequence[Outcome]) -> None:

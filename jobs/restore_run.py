@@ -17,7 +17,7 @@ from actors.assemble import Draft, write_checksum
 from actors.errors import Failure, FailureClass
 from actors.hardware import usable_cores
 from actors.upscaler import EngineOptions
-from infra.cluster import Cluster, connected
+from infra.cluster import Cluster, connected, quiet_data
 from infra.settings import Settings
 from jobs.cancel import withdraw_cancel
 from jobs.errors import ExitCode, Interrupted, TaskError, exit_code_of, exit_code_of_failure
@@ -32,8 +32,9 @@ from jobs.manifest import (
     write_manifest,
 )
 from jobs.model import ResolvedModel
-from jobs.plan import PlanOptions, plan_all, run_id
-from jobs.pool import PoolSize, pool_size, stopping_on_signals
+from jobs.plan import Planned, PlanOptions, plan_all, run_id
+from jobs.planning import Planning
+from jobs.pool import JOB_CONTEXT, PoolSize, pool_size, stopping_on_signals
 from jobs.progress import Outcome, ProgressBar
 from jobs.records import JobRecord, VideoPlan
 from jobs.restoring import Choices, Restoring, Video
@@ -88,6 +89,7 @@ class RestoreRun:
     _ledger: Ledger = field(init=False)
     _tally: Tally = field(init=False)
     _job: JobRecord = field(init=False)
+    _planned_before: set[str] | None = None  # run ids whose plans an earlier run has kept
 
     def run(self, pending: Sequence[Item], refused: Sequence[tuple[Item, Failure]]) -> None:
         """Restore `pending`; note `refused` as failed.
@@ -187,50 +189,52 @@ class RestoreRun:
         return items
 
     def _restore(self, items: Sequence[Item], reporter: Reporter) -> None:
+        plans = plan_all(items, self.options, self.model.sha256, self._known_plan)
         with ExitStack() as stack:
-            cluster = None
-            if len(items) > 1:  # plans are then made by tasks; otherwise here, while nothing else has been started
-                cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
-                stack.enter_context(stopping_on_signals())
-            videos = self._plan(items, reporter)
-            if not videos:
-                return
-            if cluster is None:
-                cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
+            if len(items) == 1:
+                # Planned here, before anything else is started; what cannot be planned ends the job.
+                possible = [plan for plan in plans if self._can_be_restored(plan)]
+                if not possible:
+                    return
+                plans = iter(possible)
+            cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
             self.report.ray_start_s = cluster.start_s
             stack.enter_context(stopping_on_signals())  # again: Ray has put its own handler in the place of ours
+            stack.enter_context(quiet_data(**JOB_CONTEXT))  # for both of the pipelines, which run side by side
+            uses_gpus = pool_size(self.settings, cluster, len(items)).gpus_each > 0
+            planning = stack.enter_context(Planning(plans, ahead=uses_gpus and len(items) > 1))
+            bar = stack.enter_context(ProgressBar(quiet=self.quiet))
+            self._restoring(cluster, reporter, bar).run(planning)
+
+    def _known_plan(self, item: Item, run: str) -> VideoPlan | None:
+        """The plan that an earlier run made."""
+        if self._planned_before is None:
+            self._planned_before = self.area.videos()
+        plan = self.area.plan(run) if run in self._planned_before else None
+        if plan is None:
+            self._planned_before.discard(run)
+        return plan
+
+    def _can_be_restored(self, made: Planned) -> bool:
+        if made.plan is None:
+            assert made.failure is not None
+            self._refuse(made.item, made.failure)
+        return made.plan is not None
+
+    def _prepare(self, made: Planned) -> VideoPlan | None:
+        """Keep a plan and tidy its place, before the first of its rows starts."""
+        if not self._can_be_restored(made):
+            return None
+        assert made.plan is not None
+        if made.plan.run_id not in (self._planned_before or ()):
+            self.area.keep_plan(made.plan)
+        self.area.sweep(made.plan.run_id, made.plan.destination)
+        return made.plan
+
+    def _note_running(self) -> None:
+        if self._job.state == "planning":
             self._job = self._job.model_copy(update={"state": "running"})
             self.area.write_job(self._job)
-            with ProgressBar(sum(plan.frames for plan, _ in videos), quiet=self.quiet) as bar:
-                restoring = self._restoring(cluster, reporter, bar)
-                for plan, item in videos:
-                    self.area.sweep(plan.run_id, plan.destination)
-                    restoring.add(plan, item)
-                restoring.run()
-
-    def _plan(self, items: Sequence[Item], reporter: Reporter) -> list[tuple[VideoPlan, Item]]:
-        planned = []
-        there = self.area.videos()
-        kept = set()
-
-        def known(item: Item, run: str) -> VideoPlan | None:
-            plan = self.area.plan(run) if run in there else None
-            if plan is not None:
-                kept.add(run)
-            return plan
-
-        for made in plan_all(items, self.options, self.model.sha256, known):
-            if reporter.cancelled:
-                raise Interrupted(ExitCode.TERMINATED, cancelled=True)
-            if made.plan is None:
-                assert made.failure is not None
-                self._refuse(made.item, made.failure)
-                continue
-            if made.plan.run_id not in kept:
-                self.area.keep_plan(made.plan)
-            planned.append((made.plan, made.item))
-            self._tally.plan(made.plan.name, made.plan.frames, {})
-        return planned
 
     def _restoring(self, cluster: Cluster, reporter: Reporter, bar: ProgressBar) -> Restoring:
         settings = self.settings
@@ -256,10 +260,12 @@ class RestoreRun:
             choices=self.choices,
             size_for=lambda rows: pool_size(settings, cluster, rows),
             engine_for=engine_for,
+            prepare=self._prepare,
+            on_round=self._note_running,
             on_finished=self._complete,
             on_given_up=self._give_up,
             is_cancelled=lambda: reporter.cancelled,
-            show=lambda name: bar.show(name, self._tally.frames_shown),
+            show=lambda name: bar.show(name, self._tally.frames_shown, self._tally.frames_total),
             assemblies=2 * cluster.nodes,
         )
 

@@ -1,7 +1,10 @@
 """The middle of a restore job: rows go to the actors, records come back, and videos whose rows are done are assembled.
 
-Rows that fail go into the next round, as often as their class of failure allows; a video that is given up stops no
-other. Knows how to try, not what a finished or failed video means for the job: that is up to its callers.
+Rows go to the actors in rounds, of what is planned by then. A round has many rows for each actor and its longest first,
+so that at its end the actors wait for the short ones only; plans are taken over meanwhile. Rows that fail go into a
+later round, as often as their class of failure allows; a video that is given up stops no other. What is finished is
+forgotten: the driver needs memory for a window of the archive. Knows how to try, not what a finished or failed video
+means for the job: that is up to its callers.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from infra.storage import join, storage_for
 from jobs.errors import ExitCode, Interrupted
 from jobs.ledger import Ledger, may_try_again, wait_s
 from jobs.manifest import manifest_place
-from jobs.plan import rows_of
+from jobs.plan import Planned, rows_of
+from jobs.planning import Planning
 from jobs.pool import PoolSize, Record, RunningRows
 from jobs.records import VideoPlan
 from jobs.sources import Item
@@ -28,6 +32,12 @@ from jobs.tally import Tally
 from jobs.workarea import WorkArea
 
 _LOOK_S = 0.2  # how long the loop waits for a record before it looks after everything else
+# Open rows beyond which no more plans are taken over, and rows of one round: each holds a few kB of the driver.
+MOST_OPEN = 20_000
+MOST_IN_ROUND = 4_000
+# Rows for each slot at which the first actors start, while planning goes on. With fewer, the round would soon be over
+# and many actors idle at its end; with more, they would start later.
+_BEGIN_WITH = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +47,7 @@ class Video:
     Attributes:
         rows: one per shot. open: numbers of the shots that are not finished.
         attempts: failed ones by shot; None is the video as a whole.
+        not_before: by shot when it may be tried again, on the monotonic clock.
         given_up: it failed for the last time.
     """
 
@@ -45,6 +56,7 @@ class Video:
     rows: dict[int, Row] = field(default_factory=dict)
     open: set[int] = field(default_factory=set)
     attempts: dict[int | None, int] = field(default_factory=dict)
+    not_before: dict[int | None, float] = field(default_factory=dict)
     given_up: bool = False
 
 
@@ -64,6 +76,8 @@ class Restoring:
 
     Args:
         size_for: the pool for a number of rows. engine_for: how the actors of a pool are set up.
+        prepare: called with each plan that is taken over; returns it, or None where there is nothing to restore.
+        on_round: called when rows begin.
         on_finished: called with each video and what was assembled of it; what it raises counts as a failed attempt.
         on_given_up: called with each video that failed for the last time; what it raises ends the job.
         is_cancelled: asked now and then. show: called with a video's name whenever frames were done.
@@ -79,6 +93,8 @@ class Restoring:
         choices: Choices,
         size_for: Callable[[int], PoolSize],
         engine_for: Callable[[PoolSize], EngineOptions],
+        prepare: Callable[[Planned], VideoPlan | None],
+        on_round: Callable[[], None],
         on_finished: Callable[[Video, Draft], None],
         on_given_up: Callable[[Video, Failure], None],
         is_cancelled: Callable[[], bool],
@@ -87,13 +103,13 @@ class Restoring:
     ) -> None:
         self._area, self._ledger, self._tally, self._choices = area, ledger, tally, choices
         self._size_for, self._engine_for = size_for, engine_for
+        self._prepare, self._on_round = prepare, on_round
         self._on_finished, self._on_given_up = on_finished, on_given_up
         self._is_cancelled, self._show = is_cancelled, show
         self._assemblies = assemblies
         self._videos: dict[str, Video] = {}
         self._to_assemble: list[Video] = []
         self._assembling: dict[Any, tuple[Video, float]] = {}
-        self._not_before = 0.0  # the next round, on the monotonic clock
 
     def add(self, plan: VideoPlan, item: Item) -> Video:
         """Take on a video; what is finished of it in the work area is counted as such."""
@@ -108,36 +124,61 @@ class Restoring:
             self._to_assemble.append(video)
         return video
 
-    def run(self) -> None:
-        """Restore all videos that were added.
+    def run(self, planning: Planning) -> None:
+        """Restore all videos that were added, and those that `planning` has.
 
         Raises:
             Interrupted: somebody cancelled the job.
-            Exception: what `on_given_up` raised.
+            Exception: what `prepare` or `on_given_up` raised, or what the planning did.
         """
         try:
             while True:
-                rows = self._open_rows()
+                self._take_over(planning, self._rows_to_begin(planning))
+                rows = self._next_rows()
                 if rows:
-                    self._round(rows)
-                while self._assembling or self._to_assemble:
+                    self._round(rows, planning)
+                elif self._assembling or self._to_assemble or self._open_rows() or not planning.finished:
                     self._look_after(pause_s=_LOOK_S)
-                if not self._open_rows():
+                else:
                     return
-                while time.monotonic() < self._not_before:
-                    self._look_after(pause_s=_LOOK_S)
         finally:
             self._stop_assemblies()
 
-    def _open_rows(self) -> list[Row]:
-        """Rows to restore, those of the highest priority first, then the longest: the last to end should be short."""
-        videos = [video for video in self._videos.values() if not video.given_up]
-        rows = [(video, video.rows[shot]) for video in videos for shot in sorted(video.open)]
-        rows.sort(key=lambda pair: (-pair[0].plan.priority, -pair[1]["cost"]))
-        return [row for _, row in rows]
+    def _rows_to_begin(self, planning: Planning) -> int:
+        """How many open rows to wait for: enough to keep the actors busy, or, where planning needs their processors,
+        as many as may be open."""
+        if not planning.ahead:
+            return MOST_OPEN
+        size = self._size_for(MOST_OPEN)
+        return min(MOST_OPEN, _BEGIN_WITH * size.actors * self._engine_for(size).slots)
 
-    def _round(self, rows: Sequence[Row]) -> None:
+    def _take_over(self, planning: Planning, wait_for: int = 0) -> None:
+        """Take over plans that are there; wait for more until so many rows are open."""
+        while not planning.finished and (is_open := sum(len(one.open) for one in self._videos.values())) < MOST_OPEN:
+            planned = planning.next(_LOOK_S if is_open < wait_for else 0.0)
+            if planned is not None:
+                plan = self._prepare(planned)
+                if plan is not None:
+                    self.add(plan, planned.item)
+            elif is_open >= wait_for:
+                return
+            self._look_after()
+
+    def _open_rows(self) -> list[tuple[Video, Row]]:
+        videos = [video for video in self._videos.values() if not video.given_up]
+        return [(video, video.rows[shot]) for video in videos for shot in sorted(video.open)]
+
+    def _next_rows(self) -> list[Row]:
+        """Rows of the next round, those of the highest priority first, then the longest: the last to end should be
+        short."""
+        now = time.monotonic()
+        rows = [pair for pair in self._open_rows() if pair[0].not_before.get(pair[1]["shot"], 0.0) <= now]
+        rows.sort(key=lambda pair: (-pair[0].plan.priority, -pair[1]["cost"]))
+        return [row for _, row in rows[:MOST_IN_ROUND]]
+
+    def _round(self, rows: Sequence[Row], planning: Planning) -> None:
         """Try each row once."""
+        self._on_round()
         size = self._size_for(len(rows))
         self._tally.actors = size.actors
         left = {row["row_id"]: row for row in rows}
@@ -149,9 +190,12 @@ class Restoring:
                     self._take(record, left)
                 if time.monotonic() - looked >= _LOOK_S:
                     self._look_after()
+                    if planning.ahead:
+                        self._take_over(planning)
                     looked = time.monotonic()
         for row in left.values():
             self._lost(row)
+        self._videos = {run_id: video for run_id, video in self._videos.items() if not video.given_up}
 
     def _take(self, record: Record, left: dict[str, Row]) -> None:
         row = left.get(record["row_id"])
@@ -213,13 +257,14 @@ class Restoring:
             host=host,
         )
         if again:
-            self._not_before = max(self._not_before, time.monotonic() + wait_s(failure, number))
+            video.not_before[shot] = time.monotonic() + wait_s(failure, number)
             if shot is None and not video.open:
                 self._to_assemble.append(video)
         elif not video.given_up:
             video.given_up = True
             self._tally.fail(video.plan.name)
             self._on_given_up(video, failure)
+            video.open.clear()
 
     def _look_after(self, pause_s: float = 0.0) -> None:
         """Start and end assemblies; stop when somebody asked for it."""
@@ -227,12 +272,14 @@ class Restoring:
 
         if self._is_cancelled():
             raise Interrupted(ExitCode.TERMINATED, cancelled=True)
-        if time.monotonic() >= self._not_before:
-            while self._to_assemble and len(self._assembling) < self._assemblies:
-                video = self._to_assemble.pop(0)
-                # Beside actors that reserve every processor there would never be one for it: hence none is asked for.
-                task = ray.remote(num_cpus=0, max_retries=0)(attempt)
-                self._assembling[task.remote(self._assembly(video))] = (video, time.monotonic())
+        now = time.monotonic()
+        for video in [one for one in self._to_assemble if one.not_before.get(None, 0.0) <= now]:
+            if len(self._assembling) == self._assemblies:
+                break
+            self._to_assemble.remove(video)
+            # Beside actors that reserve every processor there would never be one for it: hence none is asked for.
+            task = ray.remote(num_cpus=0, max_retries=0)(attempt)
+            self._assembling[task.remote(self._assembly(video))] = (video, time.monotonic())
         if self._assembling:
             ready, _ = ray.wait(list(self._assembling), timeout=pause_s)
             for reference in ready:
@@ -252,6 +299,7 @@ class Restoring:
             if "draft" in told:
                 self._on_finished(video, Draft(**told["draft"]))
                 self._tally.finish(video.plan.name)
+                self._videos.pop(video.plan.run_id, None)
                 return
             failure, shots = told["failure"], told["shots"]
             host, seconds = told["host"], told["seconds"]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import jobs.planning
 import jobs.restoring
 from actors.errors import Failure
 from actors.records import Row
 from actors.upscaler import EngineOptions
 from jobs.errors import ExitCode, Interrupted
 from jobs.ledger import Ledger
+from jobs.plan import Planned
+from jobs.planning import Planning
 from jobs.pool import PoolSize, Record
 from jobs.restoring import Choices, Restoring, Video
 from jobs.sources import Item
@@ -60,6 +64,8 @@ class Bench:
         self.ledger = Ledger(self.area.ledger)
         self.given_up: list[tuple[str, Failure]] = []
         self.cancelled = False
+        self.ahead = False
+        self.before_plan: Callable[[str], object] = lambda name: None
         self.rounds: list[list[str]] = []
         Pool.rounds = self.rounds
         monkeypatch.setattr(jobs.restoring, "RunningRows", Pool)
@@ -71,13 +77,18 @@ class Bench:
             area=self.area, ledger=self.ledger, tally=Tally(2),
             choices=Choices(overwrite=False, compare=False, truth=None, exact=False, max_pixels=10**6),
             size_for=lambda rows: PoolSize(1, 0.0, 1.0, 1), engine_for=lambda size: ENGINE,
+            prepare=lambda planned: planned.plan, on_round=lambda: None,
             on_finished=lambda video, draft: None, on_given_up=self._give_up,
             is_cancelled=lambda: self.cancelled, show=lambda name: None,
         )  # fmt: skip
+        with Planning(self._plans(changes), ahead=self.ahead) as planning:
+            restoring.run(planning)
+
+    def _plans(self, changes: dict[str, Any]) -> Iterator[Planned]:
         for name in self.job.videos:
+            self.before_plan(name)
             plan = self.job.plan(name, **changes.get(name, {}))
-            restoring.add(plan, Item(plan.source, plan.destination, name, 1, "1-1"))
-        restoring.run()
+            yield Planned(Item(plan.source, plan.destination, name, 1, "1-1"), plan, None)
 
     def _give_up(self, video: Video, failure: Failure) -> None:
         self.given_up.append((video.plan.name, failure))
@@ -180,3 +191,53 @@ def test_a_cancelled_job_stops(bench: Callable[..., Bench]) -> None:
     with pytest.raises(Interrupted) as caught:
         one.run(script)
     assert caught.value.cancelled and caught.value.exit_code is ExitCode.TERMINATED
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_only_a_window_of_the_archive_is_planned_at_a_time(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    monkeypatch.setattr(jobs.restoring, "MOST_OPEN", 6)
+    monkeypatch.setattr(jobs.restoring, "MOST_IN_ROUND", 5)
+    monkeypatch.setattr(jobs.planning, "_QUEUED", 1)
+    one = bench(**{name: [20, 9] for name in "abcdefghij"})
+    one.ahead = ahead
+    planned: list[str] = []
+    one.before_plan = planned.append
+    ahead_of: list[int] = []
+
+    def script(rows: Sequence[Row]) -> list[Record]:
+        ahead_of.append(len(planned) - len(one.given_up))
+        return [failed(row, "options") for row in rows]
+
+    one.run(script)
+    assert sorted(name for name, _ in one.given_up) == list("abcdefghij")
+    assert len(one.rounds) >= 4 and max(map(len, one.rounds)) <= 5
+    assert max(ahead_of) <= 5  # three videos of two rows, one in the queue, one in the making
+
+
+def test_rows_begin_while_planning_goes_on(bench: Callable[..., Bench]) -> None:
+    one = bench(a=[20] * 5, b=[5], c=[5])
+    one.ahead = True
+    may_go_on = threading.Event()
+    one.before_plan = lambda name: name != "b" or may_go_on.wait(30)
+
+    def script(rows: Sequence[Row]) -> list[Record]:
+        may_go_on.set()
+        return [failed(row, "options") for row in rows]
+
+    one.run(script)  # would wait for ever if all had to be planned first
+    a, b = one.job.run_id("a"), one.job.run_id("b")
+    assert one.rounds[0] == [f"{a}-{shot:05d}" for shot in range(5)] and f"{b}-00000" in one.rounds[1]
+
+
+def test_what_the_planning_raises_ends_the_job(bench: Callable[..., Bench]) -> None:
+    one = bench(a=[20], b=[5])
+    one.ahead = True
+
+    def fail(name: str) -> None:
+        raise OSError("no more planning")
+
+    one.before_plan = fail
+    with pytest.raises(OSError, match="no more planning"):
+        one.run(fail_all("options"))
