@@ -103,6 +103,7 @@ class Progress(_Record):
         done, failed: names of videos. running: frames done of each video that is being restored.
         frames_done counts frames restored by this run; frames_total, frames_left are of the whole job.
         history: (seconds since start, frames_done), thinned to at most 500 points.
+        unplanned: number of videos whose frames are not counted yet, because their plans are still to be made.
     """
 
     updated_at: str
@@ -116,6 +117,7 @@ class Progress(_Record):
     frames_left: int
     frames_done: int
     history: list[tuple[float, int]]
+    unplanned: int = 0
 
 
 class LedgerRecord(_Record):

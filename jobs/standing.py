@@ -63,6 +63,7 @@ class JobStatus:
         counted_from: "progress": the driver's own report; "records": segments, manifests and ledger were counted.
         finished, waiting, skipped: numbers of videos; skipped ones were finished by an earlier run.
         frames_done, frames_total: of the videos that are not skipped, as far as they are planned; None: unknown.
+        unplanned: number of videos that are not planned yet; the time left counts them as being as long as the others.
         left_s, low_s, high_s: time left and its range; None where it is too early to say.
         silent_s: since the last sign of life.
     """
@@ -94,6 +95,7 @@ class JobStatus:
     left_s: float | None
     low_s: float | None
     high_s: float | None
+    unplanned: int = 0
 
     @property
     def is_open(self) -> bool:
@@ -193,8 +195,11 @@ def _from_progress(
     status.waiting = max(0, status.videos_total - status.finished - len(status.running) - len(status.failed))
     status.frames_total = progress.frames_total
     status.frames_done = progress.frames_total - progress.frames_left
+    status.unplanned = progress.unplanned
     history = [*progress.history, (progress.elapsed_s, progress.frames_done)]
-    _set_forecast(status, forecast(history, progress.frames_left))
+    planned = status.videos_total - progress.unplanned
+    guessed = progress.unplanned * progress.frames_total // planned if planned else 0
+    _set_forecast(status, forecast(history, progress.frames_left + guessed))
     if not area.is_open:
         status.left_s = status.low_s = status.high_s = None
 

@@ -159,7 +159,7 @@ def _frames(job: JobStatus) -> str:
         return "not counted yet" if job.is_open else "not known"
     share = f" ({100 * job.frames_done / job.frames_total:.1f} %)" if job.frames_total else ""
     fps = f", {job.fps:.2f} fps" if job.fps else ""
-    of = "of those planned" if job.state == "planning" or job.counted_from == "records" else "of"
+    of = "of those planned" if job.unplanned or job.state == "planning" or job.counted_from == "records" else "of"
     given_up = ", those of failed videos counted as done" if job.failed and job.counted_from == "progress" else ""
     return f"{job.frames_done:,} {of} {job.frames_total:,}{share}{fps}{given_up}"
 
@@ -170,12 +170,13 @@ def _left(job: JobStatus) -> str:
             return "not known"
         return f"about {duration(job.left_s)} of work at the last rate"
     if job.state == "planning":
-        return "not known before all is planned"
+        return "not known before the first frames are restored"
     if job.left_s is None or job.low_s is None or job.high_s is None:
         return "too early to say"
     if job.left_s == 0:
         return "the last videos are being put together"
-    return f"about {duration(job.left_s)} ({duration(job.low_s)} to {duration(job.high_s)})"
+    guess = f", if the {_count(job.unplanned, 'video')} not planned yet are like the others" if job.unplanned else ""
+    return f"about {duration(job.left_s)} ({duration(job.low_s)} to {duration(job.high_s)}){guess}"
 
 
 def _last_sign(job: JobStatus) -> str:

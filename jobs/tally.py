@@ -77,6 +77,7 @@ class Tally:
         with self._lock:
             self._done.append(name)
             self._started.discard(name)
+            self._rows[name] = {0: self._frames_total[name]}  # its shots need not be remembered
 
     def fail(self, name: str) -> None:
         """Count a video as failed."""
@@ -106,6 +107,7 @@ class Tally:
                 frames_left=max(0, total - given_up - shown),
                 frames_done=self.restored,
                 history=list(self._history),
+                unplanned=self._videos_total - len(self._frames_total.keys() | set(self._failed)),
             )
 
 

@@ -118,7 +118,21 @@ def test_a_job_that_is_still_planning(job: Job, capsys: pytest.CaptureFixture[st
     job.started_ago_s = 5
     job.write_job("planning")
     assert main(["status", job.dst]) == 0
-    assert "not known before all is planned" in capsys.readouterr().out
+    assert "not known before the first frames are restored" in capsys.readouterr().out
+
+
+def test_videos_that_are_not_planned_yet_are_thought_to_be_like_the_others(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running(job)
+    (all_planned,) = read_status(job.dst).jobs
+    told = {"done": ["a.mp4"], "running": {"b.mp4": 35}, "frames_total": 175, "frames_left": 120, "frames_done": 55}
+    job.write_progress(videos_total=8, unplanned=4, history=steady(55, 578), **told)
+    (half_planned,) = read_status(job.dst).jobs
+    assert all_planned.left_s and half_planned.left_s == pytest.approx(all_planned.left_s * (120 + 175) / 120, rel=0.01)
+    assert main(["status", job.dst]) == 0
+    shown = capsys.readouterr().out
+    assert "55 of those planned 175" in shown and "if the 4 videos not planned yet are like the others" in shown
 
 
 def test_a_finished_job_that_has_tidied_up(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

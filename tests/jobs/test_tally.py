@@ -20,6 +20,17 @@ def test_what_earlier_runs_did_is_shown_and_not_counted_as_this_runs_work() -> N
     assert told.running == {"a": 13} and told.videos_total == 2
 
 
+def test_videos_without_a_plan_are_counted_until_they_have_one_or_cannot_have_one() -> None:
+    tally = Tally(3)
+    assert tally.progress().unplanned == 3
+    tally.plan("a", 30, {0: 0})
+    tally.fail("b")
+    assert tally.progress().unplanned == 1
+    tally.plan("c", 5, {})
+    tally.fail("c")
+    assert tally.progress().unplanned == 0
+
+
 def test_work_that_was_lost_is_done_again_and_counted_again() -> None:
     tally = Tally(1)
     tally.plan("a", 30, {0: 0})
