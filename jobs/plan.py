@@ -80,11 +80,14 @@ def plan_options(settings: Settings) -> PlanOptions:
 def run_id(item: Item, options: PlanOptions, model_sha256: str) -> str:
     """Return the name of one video's run: equal for equal source, model, options and segments, different otherwise.
 
-    It is known before the source is decoded. `options` are the job's; those of the item are looked up here.
+    It is known before the source is decoded. The source counts with its version and its name below SRC, not with its
+    whole place: when the job goes on, it may be reached another way. `options` are the job's; those of the item are
+    looked up here.
     """
     own = options.for_item(item)
     identity = {
         "plan": PLAN_VERSION,
+        "name": item.name,  # copies of one file have one version, and each of them is to be restored
         "source": item.version,
         "model": model_sha256,
         "seed": own.seed,

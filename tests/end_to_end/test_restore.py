@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
+from jobs.manifest import read_manifest
 from pipeline.video import VideoReader, probe
 
 pytestmark = pytest.mark.usefixtures("ray_running")
@@ -224,3 +225,15 @@ def test_a_folder_without_anything_decodable(restore: Any, bad_files: dict[str, 
     assert run.code == 5
     left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert left == {"ledger.jsonl", "job.json", "progress.json"}
+
+
+def test_copies_of_one_file_are_all_restored(videos: dict[str, Path], tmp_path: Path) -> None:
+    """Copies have one size and one time of change, in a bucket one etag: they must not be taken for one video."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "safe").mkdir(parents=True)
+    for name in ("a.mp4", "b.mp4", "safe/a.mp4"):
+        shutil.copy2(videos["h264_vfr_mp4"], source / name)
+    assert len({(path.stat().st_size, path.stat().st_mtime_ns) for path in source.rglob("*.mp4")}) == 1
+    assert main(["restore", str(source), str(out), "--model", "stand-in:0"]) == 0
+    manifests = [read_manifest(str(out / name)) for name in ("a.mp4", "b.mp4", "safe/a.mp4")]
+    assert all(manifests) and len({one.run_id for one in manifests if one}) == 3

@@ -110,17 +110,21 @@ def test_what_is_damaged_is_told(files: dict[str, Path], name: str) -> None:
 
 def test_the_run_id_changes_with_whatever_changes_the_result(tmp_path: Path) -> None:
     def named(
-        version: str = "v1", model: str = "model", own: dict[str, object] | None = None, **settings: object
+        version: str = "v1",
+        name: str = "a",
+        model: str = "model",
+        own: dict[str, object] | None = None,
+        **settings: object,
     ) -> str:
-        return run_id(Item("a", "b", "a", 1, version, overrides=own or {}), options_for(**settings), model)
+        return run_id(Item("a", "b", name, 1, version, overrides=own or {}), options_for(**settings), model)
 
     base = named()
     assert base == named() and len(base) == 16
     others = [
-        named("v2"), named(model="other"), named(seed=1), named(dtype="bf16"), named(steps=2),
+        named("v2"), named(name="copy"), named(model="other"), named(seed=1), named(dtype="bf16"), named(steps=2),
         named(segment_seconds=5), named(cuts=False), named(deinterlace="on"), named(own={"crf": 9}),
     ]  # fmt: skip
-    assert len({base, *others}) == 10
+    assert len({base, *others}) == 11
     assert named(own={"seed": 1}) == named(seed=1)
     assert named(max_pixels=1000) == base  # a limit changes no picture
 
