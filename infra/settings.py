@@ -59,6 +59,12 @@ class Settings(BaseSettings):
         default=10.0, gt=0, le=3600, description="length of a segment: what a crash can cost at most, in film time"
     )
     actors: int | None = Field(default=None, ge=1, le=4096, description="workers; none: one per GPU, or one on the CPU")
+    min_actors: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="fewest workers; the pool grows to `actors` while shots wait",
+    )
     gpus_per_actor: float | None = Field(default=None, ge=0, le=8, description="none: 1 where there is a GPU, else 0")
     threads: int | None = Field(
         default=None, ge=1, le=256, description="CPU threads of each worker; none: all its cores"

@@ -183,6 +183,13 @@ def restore(
             show_default=False,
         ),
     ] = None,
+    min_actors: Annotated[
+        int | None,
+        typer.Option(
+            help="Fewest workers: the pool grows to --actors while shots wait. [default: as many]",
+            show_default=False,
+        ),
+    ] = None,
     threads: Threads = None,
     plan_only: Annotated[
         bool,
@@ -227,6 +234,7 @@ def restore(
         "scale": scale, "height": height, "codec": codec, "crf": crf, "preset": preset, "pix_fmt": pix_fmt,
         "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,
         "segment_seconds": segment_seconds, "exact": exact, "slots": slots, "memory_gb": memory_gb,
+        "min_actors": min_actors,
     }  # fmt: skip
     if plan_only:
         from jobs.estimate import plan_only_command

@@ -50,17 +50,22 @@ class Record(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class PoolSize:
-    """How many actors, and what each of them takes."""
+    """How many actors, and what each of them takes; with `least`, the pool grows from so many, and shrinks to them."""
 
     actors: int
     gpus_each: float
     cpus_each: float
     threads_each: int
+    least: int | None = None
 
 
 def pool_size(settings: Settings, cluster: Cluster, rows: int) -> PoolSize:
-    """Return the pool for `rows` rows: one actor per GPU; without GPUs one per node with all its cores."""
-    uses_gpu = cluster.gpus > 0 and settings.device in ("auto", "cuda") and settings.gpus_per_actor != 0
+    """Return the pool for `rows` rows: one actor per GPU; without GPUs one per node with all its cores.
+
+    A cluster that scales from nothing has no GPU yet: `actors` and `gpus_per_actor` then say what to ask it for.
+    """
+    expected = cluster.gpus > 0 or bool(settings.actors and settings.gpus_per_actor)
+    uses_gpu = expected and settings.device in ("auto", "cuda") and settings.gpus_per_actor != 0
     gpus_each = (settings.gpus_per_actor or 1.0) if uses_gpu else 0.0
     most = int(cluster.gpus / gpus_each) if uses_gpu else cluster.nodes
     actors = max(1, min(settings.actors or most, -(-rows // settings.slots)))
@@ -69,7 +74,8 @@ def pool_size(settings: Settings, cluster: Cluster, rows: int) -> PoolSize:
     threads = settings.threads or max(1, cores // cluster.nodes // per_node)
     room = cluster.cpus / actors
     cpus_each = 0.0 if uses_gpu else float(min(threads, int(room))) if room >= 1 else room
-    return PoolSize(actors, gpus_each, cpus_each, threads)
+    least = min(settings.min_actors, actors) if settings.min_actors else None
+    return PoolSize(actors, gpus_each, cpus_each, threads, least)
 
 
 def run_rows(rows: Sequence[Row], engine: EngineOptions, size: PoolSize) -> Generator[Record, None, None]:
@@ -86,7 +92,11 @@ def run_rows(rows: Sequence[Row], engine: EngineOptions, size: PoolSize) -> Gene
             Upscaler,
             fn_constructor_args=(dataclasses.asdict(engine),),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=size.actors, max_tasks_in_flight_per_actor=engine.slots),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=size.least or size.actors,
+                max_size=size.actors,
+                max_tasks_in_flight_per_actor=engine.slots,
+            ),
             num_gpus=size.gpus_each or None,
             num_cpus=size.cpus_each,
             max_restarts=-1,

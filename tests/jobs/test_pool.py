@@ -31,6 +31,10 @@ def cluster(*, nodes: int = 1, cpus: int = 8, gpus: int = 0) -> Cluster:
         ({"actors": 4}, cluster(cpus=2), 9, PoolSize(4, 0.0, 0.5, 1)),
         ({"threads": 2}, cluster(), 9, PoolSize(1, 0.0, 2.0, 2)),
         # no more workers than it takes to give every row a slot
+        ({"actors": 4, "min_actors": 1}, cluster(gpus=8), 9, PoolSize(4, 1.0, 0.0, 2, least=1)),
+        ({"actors": 2, "min_actors": 3}, cluster(), 9, PoolSize(2, 0.0, 4.0, 4, least=2)),
+        # a cluster whose nodes with GPUs come when they are asked for
+        ({"actors": 4, "gpus_per_actor": 1}, cluster(), 9, PoolSize(4, 1.0, 0.0, 2)),
         ({"slots": 4, "gpus_per_actor": 1}, cluster(gpus=8), 9, PoolSize(3, 1.0, 0.0, 2)),
     ],
 )
