@@ -203,7 +203,8 @@ def _video(loaded: LoadedSettings, findings: Findings) -> dict[str, Any]:
 
 
 def _model(loaded: LoadedSettings, findings: Findings) -> dict[str, Any]:
-    from pipeline.checkpoint import built_in_models, load_checkpoint
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.model_source import built_in_models
 
     found: dict[str, Any] = {"built_in": built_in_models(), "asked_for": loaded.values.model}
     findings.sections["model"] = found

@@ -1,7 +1,8 @@
-"""Where a model comes from: a built-in name, a folder in the published layout, or a hub id. Safetensors only.
+"""A model's folder in the published layout, read and checked. Safetensors only.
 
-Knows: how a source becomes a folder, what must be in it, how weights are read and compared with what the configuration
-asks for, and the fingerprint by which streams know their model. Does not know: how a frame is restored.
+Knows: what must be in it, how weights are read and compared with what the configuration asks for, and the fingerprint
+by which streams know their model. Does not know: how a name becomes a folder (`pipeline.model_source`), or how a frame
+is restored.
 
 Layout: ``unet/``, ``controlnet/`` and ``vae/`` with ``config.json`` and ``diffusion_pytorch_model.safetensors`` each,
 ``scheduler/scheduler_config.json``; ``prompt_embeds.safetensors`` or else ``tokenizer/`` and ``text_encoder/``;
@@ -15,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -29,22 +29,10 @@ from torch import Tensor, nn
 
 from pipeline.autoencoder import TemporalAutoencoderTiny
 from pipeline.errors import CheckpointError
+from pipeline.model_source import OPTIONS, PICKLES, PROMPT, RAFT_WEIGHTS, WEIGHTS, pickled, resolve
 from pipeline.options import ModelOptions
-from pipeline.prompt import FILE_NAME as PROMPT_FILE
 from pipeline.prompt import load_prompt_embeds, save_prompt_embeds
 
-WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
-OPTIONS: Final = "upriver.json"
-RAFT_WEIGHTS: Final = "raft_large.safetensors"
-PICKLES: Final = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
-
-_MODELS: Final = Path(__file__).parent / "models"
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES: Final = [
-    *(f"{part}/{name}" for part in ("unet", "controlnet", "vae") for name in ("config.json", WEIGHTS)),
-    *("scheduler/*.json", "tokenizer/*", "text_encoder/config.json", "text_encoder/model.safetensors"),
-    *("model_index.json", PROMPT_FILE, OPTIONS, RAFT_WEIGHTS),
-]
 # Conditioning by class (the noise level of the x4 upscaler) is not used by this method; files may still carry its
 # weights.
 _STRAY: Final = "class_embedding."
@@ -78,47 +66,6 @@ class Checkpoint:
     notes: tuple[str, ...]
 
 
-def built_in_models() -> list[str]:
-    """Return the names of the models that come with the package."""
-    return sorted(path.parent.name for path in _MODELS.glob("*/model_index.json"))
-
-
-def resolve(
-    source: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """Return the folder of a checkpoint: built-in name, else an existing folder, else a hub id.
-
-    Hub ids are fetched by ``huggingface_hub``; what is in its cache is used without a network. Only the files of the
-    layout are fetched.
-
-    Raises:
-        CheckpointError: the source is none of these, is a single file, or cannot be fetched.
-    """
-    name = os.fspath(source)
-    if name in built_in_models():
-        return _MODELS / name
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return path
-    if path.is_file() or path.suffix in PICKLES:
-        if path.suffix in PICKLES:
-            raise _pickle(path)
-        raise CheckpointError(
-            f"The model {name} is a file.", code="checkpoint-file", remedy="Give the folder of a checkpoint."
-        )
-    if _HUB_ID.fullmatch(name):
-        return _fetch(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    raise CheckpointError(
-        f"There is no model {name!r}: it is no built-in name ({', '.join(built_in_models())}), no folder, no hub id.",
-        code="checkpoint-unknown",
-        remedy="Give a built-in name, the path of a checkpoint folder, or a hub id such as owner/name.",
-    )
-
-
 def load_checkpoint(
     source: str | os.PathLike[str],
     *,
@@ -143,7 +90,7 @@ def load_checkpoint(
     vae = _load_network(TemporalAutoencoderTiny, folder / "vae", notes)
     scheduler = DDIMScheduler.from_config(_read_json(folder / "scheduler" / "scheduler_config.json"))
     prompt_embeds_1TD = None
-    if _reads_text(unet) or _reads_text(controlnet) or (folder / PROMPT_FILE).is_file():
+    if _reads_text(unet) or _reads_text(controlnet) or (folder / PROMPT).is_file():
         prompt_embeds_1TD = load_prompt_embeds(folder, unet.config.cross_attention_dim)
     raft_weights = folder / RAFT_WEIGHTS
     for note in notes:
@@ -164,7 +111,7 @@ def load_checkpoint(
 
 def save_extras(folder: str | os.PathLike[str], prompt_embeds_1TD: Tensor, options: ModelOptions) -> None:
     """Write what diffusers does not: ``prompt_embeds.safetensors`` and ``upriver.json``."""
-    save_prompt_embeds(Path(folder) / PROMPT_FILE, prompt_embeds_1TD)
+    save_prompt_embeds(Path(folder) / PROMPT, prompt_embeds_1TD)
     (Path(folder) / OPTIONS).write_text(options.model_dump_json(indent=2, exclude_defaults=True) + "\n")
 
 
@@ -189,32 +136,6 @@ def fingerprint(
     }
     digest.update(json.dumps(decisive, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _fetch(
-    name: str, *, revision: str | None, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
-) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=_HUB_FILES,
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"The model {name!r} is no built-in name ({', '.join(built_in_models())}) and no folder, "
-            f"and it cannot be fetched from the hub: {reason}",
-            code="checkpoint-unknown",
-            remedy="Check the name and the network, or download the checkpoint and give its folder.",
-        ) from error
 
 
 def _load_network(kind: type[Network], folder: Path, notes: list[str]) -> Network:
@@ -270,7 +191,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         pickles = sorted(other for other in path.parent.glob("*") if other.suffix in PICKLES)
         if pickles:
-            raise _pickle(pickles[0])
+            raise pickled(pickles[0])
         raise _missing(path)
     try:
         return load_file(path)
@@ -308,15 +229,6 @@ def _read_options(folder: Path) -> ModelOptions:
 def _reads_text(network: UNet2DConditionModel | ControlNetModel) -> bool:
     """Whether any part of the network attends to the prompt."""
     return any(getattr(module, "has_cross_attention", False) for module in network.modules())
-
-
-def _pickle(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} holds pickled weights, which can run code when they are read; only safetensors are loaded.",
-        code="checkpoint-pickle",
-        remedy="Convert it where its origin is trusted: read it with torch.load(path, weights_only=True), "
-        f"write it with safetensors.torch.save_file as {WEIGHTS}.",
-    )
 
 
 def _missing(path: Path) -> CheckpointError:

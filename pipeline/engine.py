@@ -19,17 +19,13 @@ from torch import Tensor
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import CheckpointError, InputError
 from pipeline.flow import FlowName
+from pipeline.model_source import is_stand_in
 from pipeline.state import StreamState
 from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 from pipeline.tiling import TilePlan
 
 _STAND_IN: Final = re.compile(r"stand-in:(\d+(?:\.\d+)?)")
 _LONGEST_MS: Final = 600_000.0
-
-
-def is_stand_in(source: str) -> bool:
-    """Return whether a model's name is that of a stand-in."""
-    return source.startswith("stand-in:")
 
 
 def identify(source: str) -> str:

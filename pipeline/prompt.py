@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.model_source import PROMPT
 
-FILE_NAME: Final = "prompt_embeds.safetensors"
 TENSOR_NAME: Final = "prompt_embeds"
 
 _TOKENIZER_FILES: Final = ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -47,7 +47,7 @@ def load_prompt_embeds(folder: Path, width: int) -> Tensor:
     Raises:
         CheckpointError: neither the embedding nor what is needed to compute it is there, or it has another width.
     """
-    stored = folder / FILE_NAME
+    stored = folder / PROMPT
     if stored.is_file():
         return _read(stored, width)
     cached = _cache_folder() / f"{_identity(folder)}.safetensors"
@@ -106,7 +106,7 @@ def encode_empty_prompt(folder: Path) -> Tensor:
         raise CheckpointError(
             f"The tokenizer in {folder / 'tokenizer'} pads with token {int(ids[0, -1])}, but its files say {pad}.",
             code="checkpoint-tokenizer",
-            remedy=f"Copy a {FILE_NAME} into the checkpoint, or use its complete tokenizer folder.",
+            remedy=f"Copy a {PROMPT} into the checkpoint, or use its complete tokenizer folder.",
         )
     encoder: Any = CLIPTextModel.from_pretrained(
         folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
@@ -168,9 +168,9 @@ def _identity(folder: Path) -> str:
 
 def _incomplete(folder: Path, name: str) -> CheckpointError:
     return CheckpointError(
-        f"The checkpoint {folder} has neither {FILE_NAME} nor {name}.",
+        f"The checkpoint {folder} has neither {PROMPT} nor {name}.",
         code="checkpoint-incomplete",
-        remedy=f"Download the whole checkpoint (text files too), or copy a {FILE_NAME} into it.",
+        remedy=f"Download the whole checkpoint (text files too), or copy a {PROMPT} into it.",
     )
 
 

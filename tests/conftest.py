@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,9 @@ for _name, _value in _ENVIRONMENT.items():
 # The user's own settings and cluster must not leak into a test.
 for _name in [name for name in os.environ if name.startswith("UPRIVER_") or name == "RAY_ADDRESS"]:
     del os.environ[_name]
+# Nor does a test leave anything in the user's cache. What is known of a model there spares later processes seconds.
+_CACHE = tempfile.TemporaryDirectory(prefix="upriver-tests-")
+os.environ["UPRIVER_MODEL_CACHE"] = _CACHE.name
 
 
 def parse_allowed_skips(text: str) -> list[tuple[str, str]]:

@@ -110,7 +110,7 @@ def test_many_processes_fetch_it_once(seaweedfs: SeaweedFS, monkeypatch: pytest.
 @pytest.mark.slow
 def test_a_job_loads_a_model_from_a_bucket(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jobs.model import resolve_model
-    from pipeline.checkpoint import resolve
+    from pipeline.model_source import resolve
 
     monkeypatch.setenv("UPRIVER_MODEL_CACHE", str(tmp_path))
     built_in = Path(resolve("tiny"))

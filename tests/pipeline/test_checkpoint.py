@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import pipeline.checkpoint
+import pipeline.model_source
 from pipeline import CheckpointError, Guidance, StreamDiffVSRPipeline
-from pipeline.checkpoint import WEIGHTS, built_in_models, load_checkpoint, resolve
+from pipeline.checkpoint import load_checkpoint
 from pipeline.frames import frame_to_tensor
+from pipeline.model_source import WEIGHTS, built_in_models, resolve
 from tests.moving_texture import make_clip
 
 
@@ -49,7 +50,7 @@ def test_a_built_in_name_goes_before_a_folder(
 ) -> None:
     models = tmp_path / "package"
     shutil.copytree(model_folder, models / "pond")
-    monkeypatch.setattr(pipeline.checkpoint, "_MODELS", models)
+    monkeypatch.setattr(pipeline.model_source, "_MODELS", models)
     (tmp_path / "pond").mkdir()
     monkeypatch.chdir(tmp_path)
     assert built_in_models() == ["pond"]

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from pipeline.engine import StandIn, identify, is_stand_in, open_engine
+from pipeline.engine import StandIn, identify, open_engine
 from pipeline.errors import CheckpointError, InputError, StateError
+from pipeline.model_source import is_stand_in
 from pipeline.state import StreamState
 
 
