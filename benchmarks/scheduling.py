@@ -41,8 +41,8 @@ def make_film(path: Path, shots: list[int], width: int = WIDTH, height: int = HE
         for number, frames in enumerate(shots):
             chosen = np.random.default_rng(number)
             lowest = 140 * (number % 2)
-            cells = chosen.integers(lowest, lowest + 116, (height // 8, width // 8, 3), dtype=np.uint8)
-            scene = cells.repeat(8, 0).repeat(8, 1)
+            cells = chosen.integers(lowest, lowest + 116, (height // 4, width // 4, 3), dtype=np.uint8)
+            scene = cells.repeat(4, 0).repeat(4, 1)
             for moment in range(frames):
                 picture = np.ascontiguousarray(np.roll(scene, moment, axis=1))
                 output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

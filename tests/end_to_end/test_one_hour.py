@@ -33,8 +33,8 @@ def make_hour(path: Path) -> Path:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index in range(frames):
             number = index * SCENES // frames
-            cells = np.random.default_rng(number).integers(0, 116, (height // 8, width // 8, 3), dtype=np.uint8)
-            scene = (cells + 139 * (number % 2)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+            cells = np.random.default_rng(number).integers(0, 116, (height // 4, width // 4, 3), dtype=np.uint8)
+            scene = (cells + 139 * (number % 2)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
             picture = np.ascontiguousarray(np.roll(scene, index // 4, axis=1))
             output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         output.mux(stream.encode(None))
