@@ -127,8 +127,9 @@ class RestoreRun:
             self._ended(error)
             raise
         self._note_end("finished", self.report.exit_code())
+        there = set() if self.keep else self.area.videos()
         for run in self._job.videos.values():
-            if not self.keep and not self._has_segments(run):
+            if run in there and not self._has_segments(run):
                 self.area.remove_video(run)
         self.area.close(keep=self.keep)
 
