@@ -77,7 +77,7 @@ class Tally:
         with self._lock:
             self._done.append(name)
             self._started.discard(name)
-            self._rows[name] = {0: self._frames_total[name]}  # its shots need not be remembered
+            self._rows[name] = {0: self._frames_total.get(name, 0)}  # its shots need not be remembered
 
     def fail(self, name: str) -> None:
         """Count a video as failed."""
