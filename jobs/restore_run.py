@@ -16,10 +16,12 @@ from typing import Literal
 from actors.assemble import Draft, write_checksum
 from actors.errors import Failure, FailureClass
 from actors.hardware import usable_cores
+from actors.records import Delivered
 from actors.upscaler import EngineOptions
 from infra.cluster import Cluster, connected
 from infra.settings import Settings
 from jobs.cancel import withdraw_cancel
+from jobs.delivering import Delivering, Finished
 from jobs.errors import ExitCode, Interrupted, TaskError, exit_code_of, exit_code_of_failure
 from jobs.ledger import Ledger
 from jobs.manifest import (
@@ -89,23 +91,25 @@ class RestoreRun:
     _tally: Tally = field(init=False)
     _job: JobRecord = field(init=False)
 
-    def run(self, pending: Sequence[Item], refused: Sequence[tuple[Item, Failure]]) -> None:
-        """Restore `pending`; note `refused` as failed.
+    def run(
+        self, pending: Sequence[Item], refused: Sequence[tuple[Item, Failure]], finished: Sequence[Finished] = ()
+    ) -> None:
+        """Restore `pending`; note `refused` as failed; have the extras of `finished` made.
 
         Raises:
             Interrupted: a signal came or somebody cancelled.
             JobsError, InfraError: the job as a whole is impossible, or its only video is.
         """
         self.area.open()
-        with self._recorded([*pending, *(item for item, _ in refused)]):
+        with self._recorded([*pending, *(item for item, _ in refused), *(one.item for one in finished)]):
             self._ledger = Ledger(self.area.ledger)
-            self._tally = Tally(len(pending) + len(refused))
+            self._tally = Tally(len(pending) + len(refused) + len(finished))
             with Reporter(self.area, self._tally) as reporter:
                 for item, failure in refused:
                     self._refuse(item, failure)
                 items = self._without_quarantined(pending)
-                if items:
-                    self._restore(items, reporter)
+                if items or finished:
+                    self._restore(items, finished, reporter)
             if self._ledger.added and self.selection.is_folder:
                 self.report.ledger = self._ledger.place
 
@@ -186,12 +190,15 @@ class RestoreRun:
             self.report.outcomes.append(Outcome(item.name, item.destination, "failed", notes=[note], failure=failure))
         return items
 
-    def _restore(self, items: Sequence[Item], reporter: Reporter) -> None:
+    def _restore(self, items: Sequence[Item], finished: Sequence[Finished], reporter: Reporter) -> None:
         with ExitStack() as stack:
             cluster = None
-            if len(items) > 1:  # plans are then made by tasks; otherwise here, while nothing else has been started
+            # Plans of several are made by tasks; one is planned here, while nothing else has been started.
+            if finished or len(items) > 1:
                 cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
                 stack.enter_context(stopping_on_signals())
+                self.report.ray_start_s = cluster.start_s
+                self._deliver(finished, cluster, reporter)
             videos = self._plan(items, reporter)
             if not videos:
                 return
@@ -207,6 +214,32 @@ class RestoreRun:
                     self.area.sweep(plan.run_id, plan.destination)
                     restoring.add(plan, item)
                 restoring.run()
+
+    def _deliver(self, finished: Sequence[Finished], cluster: Cluster, reporter: Reporter) -> None:
+        """Have extras made of what was finished before."""
+
+        def done(result: Finished, delivered: Delivered) -> None:
+            item = result.item
+            self._tally.finish(item.name)
+            notes = [f"finished before; now beside it: {_named(delivered)}", *delivered.warnings]
+            self.report.outcomes.append(Outcome(item.name, item.destination, "skipped", notes=notes))
+
+        def given_up(result: Finished, failure: Failure) -> None:
+            self._tally.fail(result.item.name)
+            self._failed(result.item.name, result.item.destination, failure)
+
+        for result in finished:
+            self.area.sweep(result.run_id, result.item.destination)
+        Delivering(
+            area=self.area,
+            ledger=self._ledger,
+            extras=self.choices.extras,
+            overwrite=self.choices.overwrite,
+            on_delivered=done,
+            on_given_up=given_up,
+            is_cancelled=lambda: reporter.cancelled,
+            at_once=2 * cluster.nodes,
+        ).run(finished)
 
     def _plan(self, items: Sequence[Item], reporter: Reporter) -> list[tuple[VideoPlan, Item]]:
         planned = []
@@ -300,7 +333,7 @@ class RestoreRun:
                 frames=draft.frames,
                 seconds=manifest.seconds,
                 size=f"{plan.width}x{plan.height} -> {draft.width}x{draft.height}",
-                notes=[*plan.damage, *manifest.warnings],
+                notes=[*plan.damage, *manifest.warnings, *draft.extras.warnings],
             )
         )
 
@@ -344,4 +377,11 @@ class RestoreRun:
             seconds={name: round(value, 3) for name, value in draft.seconds.items()},
             versions=component_versions(),
             finished_at=timestamp(),
+            extras=draft.extras,
         )
+
+
+def _named(delivered: Delivered) -> str:
+    """Extras in words, by what their names end with."""
+    kinds = {one.name.partition("/")[0].rpartition(".")[2] for one in delivered.files}
+    return " and ".join(sorted(kinds))
