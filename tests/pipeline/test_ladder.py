@@ -100,7 +100,7 @@ def test_every_rung_shows_what_the_video_shows(
         told = frames[5].to_ndarray(format="rgb24", width=upright.shape[1], height=upright.shape[0]).astype(float)
         deep = upright.dtype == np.uint16
         error = np.abs(told - (upright >> 8 if deep else upright))
-        assert error.mean() < 12, "upright, in the same colours"
+        assert error.mean() < 4.5, "upright, in the same colours"
     assert len(starts) == 1, "one clock"
     for track in master.audio:
         sound = times(played(tmp_path / "ladder" / track["URI"].strip('"'), "audio"))
@@ -292,8 +292,11 @@ def test_slow_pictures_do_not_begin_before_time(tmp_path: Path) -> None:
             output.mux(video.encode(av.VideoFrame.from_ndarray(scene(0, index), format="rgb24")))
         output.mux(video.encode(None))
     master, media, _ = make(tmp_path / "ladder", source, [64, 48])
-    starts = {times(played(one.path))[0] for one in media.values()}
-    assert len(starts) == 1 and [len(played(one.path)) for one in media.values()] == [9, 9]
+    start_s = read_timeline(source, probe(source)).start_s
+    assert start_s > 4
+    for one in media.values():
+        # One that was shifted by a muxer, because it began below zero, would not begin where the clock says.
+        assert times(played(one.path)) == pytest.approx([start_s + 4 * index for index in range(9)], abs=1e-3)
     assert {one["FRAME-RATE"] for one in master.variants} == {"0.250"}
 
 
