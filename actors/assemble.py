@@ -10,10 +10,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +19,10 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actors.comparison import Comparison
+from actors.delivery import NO_EXTRAS, Extras, make_extras, merged, missing, publish_extras, refuse_foreign, scratch
 from actors.errors import DamagedWork, UnfaithfulResult, describe_failure
 from actors.output import encoder_options
-from actors.records import Part, RowOptions, SegmentRecord, segment_stem
+from actors.records import Delivered, Part, RowOptions, SegmentRecord, segment_stem
 from actors.shot_store import RECORD_SUFFIX, hash_at
 from actors.upscaler import require_version
 from infra.storage import join, parent, storage_for, video_source
@@ -52,6 +51,7 @@ class Assembly:
         stale: places of what describes the file that `overwrite` replaces; removed before it.
         compare, truth: also make a side-by-side picture and video, with this original as a further panel.
         exact: leave out of the file what differs from run to run.
+        extras: what else is to be made of the result.
     """
 
     run_id: str
@@ -74,6 +74,7 @@ class Assembly:
     compare: bool = False
     truth: str | None = None
     exact: bool = False
+    extras: Extras = NO_EXTRAS
 
 
 class Draft(BaseModel):
@@ -93,6 +94,7 @@ class Draft(BaseModel):
     devices: list[str]
     dtypes: list[str]
     flows: list[str]
+    extras: Delivered = Delivered()
 
 
 def assemble_video(task: Assembly) -> Draft:
@@ -106,11 +108,14 @@ def assemble_video(task: Assembly) -> Draft:
     began = time.perf_counter()
     before = read_draft(task.place, task.run_id)
     if before is not None and is_published(before, task.destination):
-        return before  # the job died, or lost its store, before it could write the manifest
+        return _completed(task, before)  # the job died, or lost its store, before it could write the manifest
+    known = before.extras if before is not None else Delivered()
+    if not task.overwrite:
+        refuse_foreign(known, task.extras, task.destination)
     require_version(task.source, task.source_version, task.name)
     records = _records(task)
     storage = storage_for(task.destination)
-    with _scratch(task) as folder:
+    with scratch(task.destination, task.place) as folder:
         files = _fetch(task, records, folder)
         source = video_source(task.source)
         # As it was presented to the model: with pulldown removed it has another rate.
@@ -128,9 +133,13 @@ def assemble_video(task: Assembly) -> Draft:
             height=task.height,
             options=encoder_options(task.options).model_copy(update={"bit_exact": task.exact}),
             source=source,
+            fragmented=task.options.get("fragmented", False),
             frames=sum(task.shots),
         )
         _check(task, made, info, files)
+        delivered = Delivered()
+        if task.extras:
+            delivered = make_extras(made, task.destination, task.extras, folder, preset=task.options["preset"])
         is_folder = made.is_dir()
         sha256 = None if is_folder else hash_at(str(made))
         draft = Draft(
@@ -149,15 +158,41 @@ def assemble_video(task: Assembly) -> Draft:
             devices=_unique(one.device for one in records),
             dtypes=_unique(one.dtype for one in records),
             flows=_unique(one.flow for one in records),
+            extras=delivered,
         )
         compared = _compare(task, info, made, folder) if task.compare else []
-        storage_for(task.place).write(join(task.place, DRAFT), draft.model_dump_json(indent=1).encode() + b"\n")
+        _write_draft(task, draft)
         for file in compared:
             storage.publish(file, join(parent(task.destination), file.name))
         for place in task.stale:
             storage.delete(place)
         storage.publish(made, task.destination, if_absent=not task.overwrite)
+        publish_extras(folder, task.extras, task.destination)
     return draft
+
+
+def _completed(task: Assembly, draft: Draft) -> Draft:
+    """The draft of a published result, and all that is to be beside it."""
+    todo = missing(draft.extras, task.extras, task.destination, certain=True)
+    if not todo:
+        return draft
+    if not task.overwrite:
+        refuse_foreign(draft.extras, todo, task.destination)
+    with scratch(task.destination, task.place) as folder:
+        result = Path(task.destination.removeprefix("file://"))
+        storage = storage_for(task.destination)
+        if not storage.is_local:
+            result = folder / f"result{result.suffix}"
+            storage.fetch(task.destination, result)
+        made = make_extras(result, task.destination, todo, folder, preset=task.options["preset"])
+        draft = draft.model_copy(update={"extras": merged(draft.extras, made, todo)})
+        _write_draft(task, draft)
+        publish_extras(folder, todo, task.destination)
+    return draft
+
+
+def _write_draft(task: Assembly, draft: Draft) -> None:
+    storage_for(task.place).write(join(task.place, DRAFT), draft.model_dump_json(indent=1).encode() + b"\n")
 
 
 def attempt(task: Assembly) -> dict[str, Any]:
@@ -251,18 +286,6 @@ def _damaged(task: Assembly, shots: set[int]) -> DamagedWork:
         shots=sorted(shots),
         remedy="They are made again.",
     )
-
-
-@contextmanager
-def _scratch(task: Assembly) -> Iterator[Path]:
-    """A local folder; on the destination's file system if that is local, so that the result gets its name at once."""
-    if storage_for(task.destination).is_local:
-        storage_for(task.place).make_folder(task.place)
-        with tempfile.TemporaryDirectory(dir=task.place.removeprefix("file://"), prefix=".assembly-") as folder:
-            yield Path(folder)
-    else:
-        with tempfile.TemporaryDirectory(prefix="upriver-") as folder:
-            yield Path(folder)
 
 
 def _check(task: Assembly, made: Path, info: VideoInfo, files: Sequence[Path]) -> None:

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 
 from actors.errors import ActorsError
 from pipeline.encoder_options import resolve
-from pipeline.video import EncoderOptions, VideoInfo, container_for
+from pipeline.video import CONTAINERS, EncoderOptions, UnsupportedOutput, VideoInfo, container_for
+
+FRAGMENTED = frozenset({"mp4", "mov"})  # containers that can be written in fragments
 
 
 def output_size(info: VideoInfo, scale: int, height: int | None) -> tuple[int, int]:
@@ -48,13 +50,18 @@ def encoder_options(options: Mapping[str, Any]) -> EncoderOptions:
 
 
 def check_output(info: VideoInfo, destination: str, options: Mapping[str, Any]) -> None:
-    """Raise what the writer would raise later: container, codec, pixel format and size must go together.
+    """Raise what the writer would raise later: container, codec, pixel format, size and form must go together.
 
     Raises:
         ActorsError, UnsupportedOutput: they do not.
     """
     encoder = encoder_options(options)
     suffix = Path(destination).suffix
+    if options.get("fragmented") and CONTAINERS.get(suffix.lower()) not in FRAGMENTED:
+        raise UnsupportedOutput(
+            f"{Path(destination).name} cannot be written in fragments: only MP4 and MOV can.",
+            remedy="Leave --fragmented out, or write .mp4 or .mov.",
+        )
     if suffix:  # without one it becomes a folder of pictures
         width, height = output_size(info, options["scale"], options["height"])
         resolve(encoder, info, container_for(suffix), width, height)

@@ -7,12 +7,17 @@ written last, so a segment without one does not exist.
 
 from __future__ import annotations
 
+from typing import NotRequired
+
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
+# What the names of a result's extras end with, after the result's whole name. A ladder is a folder.
+FRAMEMD5_SUFFIX, LADDER_SUFFIX = ".framemd5", ".hls"
+
 
 class RowOptions(TypedDict):
-    """How one video is to be restored."""
+    """How one video is to be restored. What is new is not required: a run keeps its id where it is not asked for."""
 
     steps: int | None
     scale: int
@@ -21,6 +26,7 @@ class RowOptions(TypedDict):
     crf: int | None
     preset: str
     pix_fmt: str
+    fragmented: NotRequired[bool]  # an MP4 or MOV in fragments
 
 
 class Row(TypedDict):
@@ -95,6 +101,29 @@ class Part(BaseModel):
     frames: int
     size_bytes: int
     sha256: str
+
+
+class ExtraFile(BaseModel):
+    """One file beside a result; `name` is its path from the result's folder, with slashes."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class Delivered(BaseModel):
+    """What was made of a finished result, beside it.
+
+    Attributes:
+        hls: heights that the ladder was asked for; empty without one.
+        warnings: sentences for people.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    files: list[ExtraFile] = []
+    hls: list[int] = []
+    warnings: list[str] = []
 
 
 def segment_stem(shot: int, number: int) -> str:

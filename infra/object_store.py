@@ -234,8 +234,8 @@ class ObjectStore:
     def publish(self, local_file: Path, place: str, *, if_absent: bool = False) -> None:
         """Upload a finished local file, then remove it.
 
-        A folder of pictures becomes objects below `place`; it is not there at once, and when it fails, what had been
-        uploaded is removed.
+        A folder becomes objects below `place`; it is not there at once, and when it fails, what had been uploaded is
+        removed. Playlists come after all that they may name, those named last in the order of names last of all.
         """
         if local_file.is_dir():
             self._publish_folder(local_file, place, if_absent)
@@ -248,7 +248,8 @@ class ObjectStore:
             raise StorageError(
                 f"{place} exists already.", code="destination-exists", remedy="Choose another name or --overwrite."
             )
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        files.sort(key=lambda file: (file.suffix == ".m3u8", file))
         if not if_absent:
             self.delete(place)
         try:

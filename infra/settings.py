@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from infra.errors import SettingsError
 
 ENV_PREFIX = "UPRIVER_"
+_LOWEST_RUNG, _HIGHEST_RUNG = 16, 8640  # of an HLS ladder
 
 # The encoder's choices, as `pipeline.encoder_options` has them; a test holds the two together.
 Codec = Literal["h264", "hevc", "av1", "vp9", "ffv1", "prores"]
@@ -51,6 +52,11 @@ class Settings(BaseSettings):
     crf: int | None = Field(default=None, ge=0, le=63, description="quality of the codec, lower is better")
     preset: Preset = Field(default="medium", description="speed of the encoder")
     pix_fmt: PixelFormat = Field(default="auto", description="pixel format; auto: as close to the source as possible")
+    fragmented: bool = Field(default=False, description="write MP4 and MOV in fragments, which play while they come")
+    framemd5: bool = Field(default=False, description="beside each result the checksums of its pictures")
+    hls: str | None = Field(
+        default=None, description="beside each result an HLS ladder of even heights, such as 1080,720,480; or none"
+    )
     deinterlace: Literal["auto", "on", "off", "pulldown"] = Field(
         default="auto", description="deinterlace before restoring; pulldown: make film of telecined video again"
     )
@@ -81,6 +87,12 @@ class Settings(BaseSettings):
     )
     max_pixels: int = Field(default=8192 * 4320, ge=256, description="largest frame accepted, in pixels")
 
+    @field_validator("hls")
+    @classmethod
+    def _heights(cls, value: str | None) -> str | None:
+        ladder_heights(value)
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -92,6 +104,21 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # `load_settings` merges the layers itself, because it must remember which layer each value came from.
         return (init_settings,)
+
+
+def ladder_heights(text: str | None) -> tuple[int, ...]:
+    """Return the heights that the setting `hls` names, highest first; none for None and "none".
+
+    Raises:
+        ValueError: something else than even numbers of pixels with commas between them.
+    """
+    if text is None or text.strip().lower() == "none":
+        return ()
+    heights = {int(part) if part.strip().isdecimal() else 0 for part in text.split(",")}
+    wrong = [height for height in heights if height % 2 or not _LOWEST_RUNG <= height <= _HIGHEST_RUNG]
+    if wrong:
+        raise ValueError(f"heights are even numbers from {_LOWEST_RUNG} to {_HIGHEST_RUNG}, with commas between them")
+    return tuple(sorted(heights, reverse=True))
 
 
 @dataclass(frozen=True, slots=True)

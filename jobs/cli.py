@@ -118,6 +118,29 @@ def restore(
         | None,
         typer.Option(help="Pixel format. [default: auto, as the source]", show_default=False),
     ] = None,
+    fragmented: Annotated[
+        bool | None,
+        typer.Option(
+            "--fragmented/--no-fragmented",
+            help="MP4 and MOV in fragments, which play while they come. [default: no-fragmented]",
+            show_default=False,
+        ),
+    ] = None,
+    framemd5: Annotated[
+        bool | None,
+        typer.Option(
+            "--framemd5/--no-framemd5",
+            help="Also write the checksum of each picture, as FFmpeg does. [default: no-framemd5]",
+            show_default=False,
+        ),
+    ] = None,
+    hls: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write an HLS ladder of these heights, such as 1080,720,480. [default: none]",
+            show_default=False,
+        ),
+    ] = None,
     deinterlace: Annotated[
         Literal["auto", "on", "off", "pulldown"] | None,
         typer.Option(help="Deinterlace first; pulldown: film out of telecine. [default: auto]", show_default=False),
@@ -235,6 +258,7 @@ def restore(
         "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,
         "segment_seconds": segment_seconds, "exact": exact, "slots": slots, "memory_gb": memory_gb,
         "min_actors": min_actors,
+        "fragmented": fragmented, "framemd5": framemd5, "hls": hls,
     }  # fmt: skip
     if plan_only:
         from jobs.estimate import plan_only_command

@@ -39,7 +39,7 @@ _LONGEST_WAIT_S = 60.0
 
 def may_try_again(failure: Failure, attempt: int) -> bool:
     """Return whether there is an attempt after number `attempt` (from 1) that ended in `failure`."""
-    if failure["code"] in ("destination-exists", "storage-full"):
+    if failure["code"] in ("destination-exists", "result-changed", "storage-full"):
         return False
     return attempt < ATTEMPTS[FailureClass(failure["failure_class"])]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from actors.records import Part
+from actors.records import Delivered, Part
 from infra.errors import StorageError
 from infra.storage import storage_for
 
@@ -62,6 +62,7 @@ class Manifest(BaseModel):
         name: of the source, below SRC. duration_s: of the video.
         parts: the segments that the result was joined from, in the order of the film.
         cuts: numbers of the first frames of all shots but the first.
+        extras: what was made of the result, beside it; more may be made later.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -81,6 +82,7 @@ class Manifest(BaseModel):
     seconds: dict[str, float]
     versions: dict[str, str]
     finished_at: str
+    extras: Delivered = Delivered()
 
 
 def manifest_place(destination: str) -> str:

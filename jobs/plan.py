@@ -58,16 +58,19 @@ class PlanOptions:
 
 def plan_options(settings: Settings) -> PlanOptions:
     """Return what the settings say of plans."""
+    row = RowOptions(
+        steps=settings.steps,
+        scale=settings.scale,
+        height=settings.height,
+        codec=settings.codec,
+        crf=settings.crf,
+        preset=settings.preset,
+        pix_fmt=settings.pix_fmt,
+    )
+    if settings.fragmented:
+        row["fragmented"] = True
     return PlanOptions(
-        row=RowOptions(
-            steps=settings.steps,
-            scale=settings.scale,
-            height=settings.height,
-            codec=settings.codec,
-            crf=settings.crf,
-            preset=settings.preset,
-            pix_fmt=settings.pix_fmt,
-        ),
+        row=row,
         seed=settings.seed,
         numerics=f"{settings.dtype}/{settings.flow}",
         segment_seconds=settings.segment_seconds,

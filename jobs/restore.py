@@ -12,15 +12,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from actors.assemble import is_published, read_draft
+from actors.delivery import Extras, missing, refuse_foreign
 from actors.errors import Failure, describe_failure
-from infra.settings import LoadedSettings, Settings, load_settings
+from actors.records import Delivered
+from infra.settings import LoadedSettings, Settings, ladder_heights, load_settings
 from infra.storage import join, storage_for, video_source
+from jobs.delivering import Finished
 from jobs.errors import NoInputError, UsageError
-from jobs.manifest import finished_already
+from jobs.manifest import finished_already, read_manifest
 from jobs.model import ResolvedModel, resolve_model
 from jobs.plan import PlanOptions, plan_options, run_id
 from jobs.pool import stopping_on_signals
@@ -139,9 +142,12 @@ class RestoreJob:
             truth=None if truth is None else str(truth.resolve()),
             exact=settings.exact,
             max_pixels=settings.max_pixels,
+            extras=Extras(framemd5=settings.framemd5, hls=ladder_heights(settings.hls)),
         )
         self._selection: Selection = select(src, dst, limit=limit, shuffle=shuffle, priority=priority)
         self._report = Report()
+        if self._choices.extras:
+            _refuse_pictures(self._selection)
 
     def run(self) -> Report:
         """Restore all that is not finished yet.
@@ -156,9 +162,9 @@ class RestoreJob:
             _check_single(self._selection.items[0], self._options)
         model = resolve_model(self._settings.model)
         area = WorkArea(self._selection.root, is_folder=self._selection.is_folder, job_id=self._job_id(model))
-        pending, refused = self._pending(area, model)
+        pending, refused, finished = self._pending(area, model)
         self._report.prepare_s = time.perf_counter() - began
-        if pending or refused:
+        if pending or refused or finished:
             root = self._selection.root
             storage_for(root).check_writable(join(root, "probe") if self._selection.is_folder else root)
             with stopping_on_signals():
@@ -176,7 +182,7 @@ class RestoreJob:
                     retry_failed=self._retry_failed,
                     quiet=self._quiet,
                 )
-                run.run(pending, refused)
+                run.run(pending, refused, finished)
         self._report.wall_s = time.perf_counter() - began - self._report.ray_start_s
         self._report.outcomes.sort(key=lambda outcome: outcome.name)
         return self._report
@@ -185,29 +191,45 @@ class RestoreJob:
         nothing = Item(source="", destination="", name="", size_bytes=0, version="")
         return run_id(nothing, self._options, model.sha256)
 
-    def _pending(self, area: WorkArea, model: ResolvedModel) -> tuple[list[Item], list[tuple[Item, Failure]]]:
-        """Items to restore, and those that are refused before anything is tried; finished ones are reported."""
+    def _pending(
+        self, area: WorkArea, model: ResolvedModel
+    ) -> tuple[list[Item], list[tuple[Item, Failure]], list[Finished]]:
+        """Items to restore, those that are refused before anything is tried, and those that lack extras only.
+
+        Finished ones are reported.
+        """
         items = self._selection.items
         with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
             found = list(pool.map(lambda item: self._standing(item, area, model), items))
-        pending, refused = [], []
+        pending, refused, finished = [], [], []
         for item, standing in zip(items, found, strict=True):
             if standing == "pending":
                 pending.append(item)
             elif standing == "finished":
                 note = "finished before; nothing to do"
                 self._report.outcomes.append(Outcome(item.name, item.destination, "skipped", notes=[note]))
+            elif isinstance(standing, Finished):
+                finished.append(standing)
             elif self._selection.is_folder:
                 refused.append((item, describe_failure(standing)))
             else:
                 raise standing
-        return pending, refused
+        return pending, refused, finished
 
-    def _standing(self, item: Item, area: WorkArea, model: ResolvedModel) -> Literal["pending", "finished"] | Exception:
+    def _standing(
+        self, item: Item, area: WorkArea, model: ResolvedModel
+    ) -> Literal["pending", "finished"] | Finished | Exception:
         run = run_id(item, self._options, model.sha256)
+        extras, overwrite = self._choices.extras, self._choices.overwrite
         try:
-            if finished_already(item.destination, run, overwrite=self._choices.overwrite):
-                return "finished"
+            if finished_already(item.destination, run, overwrite=overwrite):
+                manifest = read_manifest(item.destination) if extras else None
+                if manifest is None or not missing(manifest.extras, extras, item.destination):
+                    return "finished"
+                return Finished(item, run, manifest)
+            if extras and not overwrite:
+                draft = read_draft(area.video(run), run)
+                refuse_foreign(draft.extras if draft else Delivered(), extras, item.destination)
         except Exception as error:
             try:
                 draft = read_draft(area.video(run), run)
@@ -216,6 +238,16 @@ class RestoreJob:
             except Exception:
                 return error
         return "pending"
+
+
+def _refuse_pictures(selection: Selection) -> None:
+    for item in selection.items:
+        if not PurePosixPath(item.destination).suffix:
+            raise UsageError(
+                f"{item.destination} becomes a folder of pictures, of which there are neither --framemd5 nor --hls.",
+                code="extras-of-pictures",
+                remedy="Leave them out, or write a video, such as .mkv.",
+            )
 
 
 def _exact(settings: Settings) -> Settings:

@@ -16,10 +16,12 @@ from typing import Literal
 from actors.assemble import Draft, write_checksum
 from actors.errors import Failure, FailureClass
 from actors.hardware import usable_cores
+from actors.records import Delivered
 from actors.upscaler import EngineOptions
 from infra.cluster import Cluster, connected, quiet_data
 from infra.settings import Settings
 from jobs.cancel import withdraw_cancel
+from jobs.delivering import Delivering, Finished
 from jobs.errors import ExitCode, Interrupted, TaskError, exit_code_of, exit_code_of_failure
 from jobs.ledger import Ledger
 from jobs.manifest import (
@@ -91,23 +93,25 @@ class RestoreRun:
     _job: JobRecord = field(init=False)
     _planned_before: set[str] | None = None  # run ids whose plans an earlier run has kept
 
-    def run(self, pending: Sequence[Item], refused: Sequence[tuple[Item, Failure]]) -> None:
-        """Restore `pending`; note `refused` as failed.
+    def run(
+        self, pending: Sequence[Item], refused: Sequence[tuple[Item, Failure]], finished: Sequence[Finished] = ()
+    ) -> None:
+        """Restore `pending`; note `refused` as failed; have the extras of `finished` made.
 
         Raises:
             Interrupted: a signal came or somebody cancelled.
             JobsError, InfraError: the job as a whole is impossible, or its only video is.
         """
         self.area.open()
-        with self._recorded([*pending, *(item for item, _ in refused)]):
+        with self._recorded([*pending, *(item for item, _ in refused), *(one.item for one in finished)]):
             self._ledger = Ledger(self.area.ledger)
-            self._tally = Tally(len(pending) + len(refused))
+            self._tally = Tally(len(pending) + len(refused) + len(finished), to_deliver=len(finished))
             with Reporter(self.area, self._tally) as reporter:
                 for item, failure in refused:
                     self._refuse(item, failure)
                 items = self._without_quarantined(pending)
-                if items:
-                    self._restore(items, reporter)
+                if items or finished:
+                    self._restore(items, finished, reporter)
             if self._ledger.added and self.selection.is_folder:
                 self.report.ledger = self._ledger.place
 
@@ -189,23 +193,25 @@ class RestoreRun:
             self.report.outcomes.append(Outcome(item.name, item.destination, "failed", notes=[note], failure=failure))
         return items
 
-    def _restore(self, items: Sequence[Item], reporter: Reporter) -> None:
+    def _restore(self, items: Sequence[Item], finished: Sequence[Finished], reporter: Reporter) -> None:
         plans = plan_all(items, self.options, self.model.sha256, self._known_plan)
         with ExitStack() as stack:
             if len(items) == 1:
                 # Planned here, before anything else is started; what cannot be planned ends the job.
-                possible = [plan for plan in plans if self._can_be_restored(plan)]
-                if not possible:
-                    return
-                plans = iter(possible)
+                made = [plan for plan in plans if self._can_be_restored(plan)]
+                items, plans = [plan.item for plan in made], iter(made)
+            if not items and not finished:
+                return
             cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
             self.report.ray_start_s = cluster.start_s
             stack.enter_context(stopping_on_signals())  # again: Ray has put its own handler in the place of ours
-            stack.enter_context(quiet_data(**JOB_CONTEXT))  # for both of the pipelines, which run side by side
-            uses_gpus = pool_size(self.settings, cluster, len(items)).gpus_each > 0
-            planning = stack.enter_context(Planning(plans, ahead=uses_gpus and len(items) > 1))
-            bar = stack.enter_context(ProgressBar(quiet=self.quiet))
-            self._restoring(cluster, reporter, bar).run(planning)
+            if items:
+                stack.enter_context(quiet_data(**JOB_CONTEXT))  # for both of the pipelines, which run side by side
+                uses_gpus = pool_size(self.settings, cluster, len(items)).gpus_each > 0
+                planning = stack.enter_context(Planning(plans, ahead=uses_gpus and len(items) > 1))
+                bar = stack.enter_context(ProgressBar(quiet=self.quiet))
+                self._restoring(cluster, reporter, bar).run(planning)
+            self._deliver(finished, cluster, reporter)
 
     def _known_plan(self, item: Item, run: str) -> VideoPlan | None:
         """The plan that an earlier run made."""
@@ -236,6 +242,32 @@ class RestoreRun:
         if self._job.state == "planning":
             self._job = self._job.model_copy(update={"state": "running"})
             self.area.write_job(self._job)
+
+    def _deliver(self, finished: Sequence[Finished], cluster: Cluster, reporter: Reporter) -> None:
+        """Have extras made of what was finished before."""
+
+        def done(result: Finished, delivered: Delivered) -> None:
+            item = result.item
+            self._tally.finish(item.name)
+            notes = [f"finished before; now beside it: {_named(delivered)}", *delivered.warnings]
+            self.report.outcomes.append(Outcome(item.name, item.destination, "skipped", notes=notes))
+
+        def given_up(result: Finished, failure: Failure) -> None:
+            self._tally.fail(result.item.name)
+            self._failed(result.item.name, result.item.destination, failure)
+
+        for result in finished:
+            self.area.sweep(result.run_id, result.item.destination)
+        Delivering(
+            area=self.area,
+            ledger=self._ledger,
+            extras=self.choices.extras,
+            overwrite=self.choices.overwrite,
+            on_delivered=done,
+            on_given_up=given_up,
+            is_cancelled=lambda: reporter.cancelled,
+            at_once=2 * cluster.nodes,
+        ).run(finished)
 
     def _restoring(self, cluster: Cluster, reporter: Reporter, bar: ProgressBar) -> Restoring:
         settings = self.settings
@@ -307,7 +339,7 @@ class RestoreRun:
                 frames=draft.frames,
                 seconds=manifest.seconds,
                 size=f"{plan.width}x{plan.height} -> {draft.width}x{draft.height}",
-                notes=[*plan.damage, *manifest.warnings],
+                notes=[*plan.damage, *manifest.warnings, *draft.extras.warnings],
             )
         )
 
@@ -351,4 +383,11 @@ class RestoreRun:
             seconds={name: round(value, 3) for name, value in draft.seconds.items()},
             versions=component_versions(),
             finished_at=timestamp(),
+            extras=draft.extras,
         )
+
+
+def _named(delivered: Delivered) -> str:
+    """Extras in words, by what their names end with."""
+    kinds = {one.name.partition("/")[0].rpartition(".")[2] for one in delivered.files}
+    return " and ".join(sorted(kinds))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.assemble import SHA256_SUFFIX, Assembly, Draft, attempt
+from actors.delivery import NO_EXTRAS, Extras, extra_places
 from actors.errors import Failure, FailureClass, describe_failure
 from actors.records import Row
 from actors.upscaler import STALLED, EngineOptions
@@ -69,6 +70,7 @@ class Choices:
     truth: str | None
     exact: bool
     max_pixels: int
+    extras: Extras = NO_EXTRAS
 
 
 class Restoring:
@@ -317,7 +319,9 @@ class Restoring:
 
     def _assembly(self, video: Video) -> Assembly:
         plan, choices = video.plan, self._choices
-        stale = (manifest_place(plan.destination), f"{plan.destination}{SHA256_SUFFIX}") if choices.overwrite else ()
+        place = plan.destination
+        # The manifest last: until then the file that is replaced has one that names what belongs to it.
+        beside = (*extra_places(place), f"{place}{SHA256_SUFFIX}", manifest_place(place))
         return Assembly(
             run_id=plan.run_id,
             name=plan.name,
@@ -335,10 +339,11 @@ class Restoring:
             max_pixels=choices.max_pixels,
             damaged=bool(plan.damage),
             overwrite=choices.overwrite,
-            stale=stale,
+            stale=beside if choices.overwrite else (),
             compare=choices.compare,
             truth=choices.truth,
             exact=choices.exact,
+            extras=choices.extras,
         )
 
     def _stop_assemblies(self) -> None:

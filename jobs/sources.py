@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from actors.records import LADDER_SUFFIX
 from infra.errors import StorageError
 from infra.storage import FileInfo, storage_for
 from jobs.errors import NoInputError, UsageError
@@ -178,15 +179,23 @@ def _same(place: str) -> UsageError:
 
 
 def _is_video(place: str, base: str, target: str) -> bool:
-    """Whether a file below `base` is a source: a video, no unfinished work, no result of an earlier run."""
+    """Whether a file below `base` is a source: a video, and neither unfinished work nor an earlier run's."""
     relative = PurePosixPath(place[len(base) :].lstrip("/"))
     if relative.suffix.lower() not in VIDEO_SUFFIXES or relative.name.startswith("._"):
         return False
     if any(part.endswith(WORK_SUFFIX) for part in relative.parts):
         return False
+    if any(_is_ladder(part) for part in relative.parts[:-1]):
+        return False
     if is_remote(place) or is_remote(target):
         return not place.startswith(f"{target}/")
     return Path(target).resolve() not in Path(place).resolve().parents
+
+
+def _is_ladder(folder: str) -> bool:
+    """Whether a folder has the name of a result's HLS ladder, `film.mp4.hls`."""
+    name = PurePosixPath(folder)
+    return name.suffix == LADDER_SUFFIX and PurePosixPath(name.stem).suffix.lower() in VIDEO_SUFFIXES
 
 
 def _matching(pattern: str) -> tuple[str, list[FileInfo]]:

@@ -28,12 +28,16 @@ class Tally:
     """The counts of one job; used by several threads.
 
     `shown` maps a video to the frames that are finished or under way, `restored` counts those of this run.
+
+    Args:
+        videos_total: of the job. to_deliver: how many of them are finished and get extras only.
     """
 
-    def __init__(self, videos_total: int) -> None:
+    def __init__(self, videos_total: int, to_deliver: int = 0) -> None:
         self.actors = 0
         self.restored = 0
         self._videos_total = videos_total
+        self._to_plan = videos_total - to_deliver
         self._lock = threading.Lock()
         self._began = time.monotonic()
         self._frames_total: dict[str, int] = {}
@@ -107,7 +111,7 @@ class Tally:
                 frames_left=max(0, total - given_up - shown),
                 frames_done=self.restored,
                 history=list(self._history),
-                unplanned=self._videos_total - len(self._frames_total.keys() | set(self._failed)),
+                unplanned=max(0, self._to_plan - len(self._frames_total.keys() | set(self._failed))),
             )
 
 

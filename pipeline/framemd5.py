@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import av
 import numpy as np
 
-from pipeline.video_container import VideoSource
+from pipeline.video_container import Limits, VideoSource
 from pipeline.video_reader import VideoReader
 
 
@@ -21,13 +21,16 @@ def sha256_line(sha256: str, name: str) -> str:
     return f"{sha256}  {name}\n"
 
 
-def framemd5(source: VideoSource) -> Iterator[str]:
+def framemd5(source: VideoSource, *, limits: Limits | None = None) -> Iterator[str]:
     """Yield the lines, without line ends, for every picture of a file; it is read once, in constant memory.
+
+    Args:
+        limits: see `Limits`.
 
     Raises:
         VideoNotFound, UnreadableVideo, NoVideoStream, FrameTooLarge, FrameTooSmall: see `video_errors`.
     """
-    with VideoReader(source, deinterlace="off") as reader:
+    with VideoReader(source, deinterlace="off", limits=limits) as reader:
         info = reader.info
         yield "#format: frame checksums"
         yield "#version: 2"

@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import av
+from av.bitstream import BitStreamFilterContext
 
 from pipeline.video_container import Limits, VideoSource, main_video_stream, open_input, source_name
 
@@ -54,6 +55,7 @@ class Passthrough:
         self._output = output
         self._muxer = muxer
         self._map: dict[int, Any] = {}
+        self._rewrites: dict[int, BitStreamFilterContext] = {}
         self._main_index = main_video_stream(self._source, source_name(source)).index
         self._packets: Iterator[Any] | None = None
         self._waiting: Any = None
@@ -106,8 +108,10 @@ class Passthrough:
             if time_s is not None and at is not None and packet.time_base and at * packet.time_base > time_s:
                 return
             self._waiting = None
-            packet.stream = self._map[packet.stream.index]
-            self._output.mux(packet)
+            copy, rewrite = self._map[packet.stream.index], self._rewrites.get(packet.stream.index)
+            for one in rewrite.filter(packet) if rewrite is not None else (packet,):
+                one.stream = copy
+                self._output.mux(one)
 
     def close(self) -> None:
         """Release the source file."""
@@ -151,6 +155,9 @@ class Passthrough:
             if self._muxer == "mpegts":
                 copy.id = stream.id
             self._map[stream.index] = copy
+            if self._muxer in ("mp4", "mov") and _has_adts(stream):
+                # libav does this by itself, but not where it writes fragments.
+                self._rewrites[stream.index] = BitStreamFilterContext("aac_adtstoasc", stream)
 
     def _tag(self, key: str, value: str) -> str:
         return BIBLIOGRAPHIC.get(value, value) if self._muxer == "mov" and key == "language" else value
@@ -193,6 +200,12 @@ def _copy_of(stream: Any, output: av.container.OutputContainer) -> Any:
         if named:
             copy.codec_context.layout = named
     return copy
+
+
+def _has_adts(stream: Any) -> bool:
+    """Whether it is AAC that says in each packet what it is, as in MPEG-TS, and not once in the header."""
+    context = stream.codec_context
+    return context is not None and context.codec.canonical_name == "aac" and not context.extradata
 
 
 def is_regenerated(stream: Any, source: av.container.InputContainer) -> bool:

@@ -56,3 +56,9 @@ def test_impossible_outputs_are_found_without_writing(info: VideoInfo, tmp_path:
         check_output(info, "out.mp4", {**OPTIONS, "codec": "prores"})
     with pytest.raises(UnsupportedOutput, match="odd"):
         check_output(info, "out.mp4", {**OPTIONS, "codec": "h264", "height": 33})
+    for name in ("out.mp4", "out.m4v", "out.MOV"):
+        check_output(info, name, {**OPTIONS, "fragmented": True})
+    for name in ("out.mkv", "out.ts", "frames"):
+        with pytest.raises(UnsupportedOutput, match="only MP4 and MOV") as caught:
+            check_output(info, name, {**OPTIONS, "fragmented": True})
+        assert "--fragmented" in str(caught.value)

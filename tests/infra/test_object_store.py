@@ -157,6 +157,23 @@ def test_a_folder_of_pictures_is_published(place: str, tmp_path: Path) -> None:
         STORE.publish(tmp_path / "frames", f"{place}/frames", if_absent=True)
 
 
+def test_objects_have_the_type_of_their_ending(
+    place: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {
+        "master.m3u8": "application/vnd.apple.mpegurl", "film.mp4": "video/mp4", "film.MKV": "video/x-matroska",
+        "audio-1.m4a": "audio/mp4", "film.mp4.manifest.json": "application/json", "film.mp4.sha256": "text/plain",
+    }  # fmt: skip
+    for name in expected:
+        STORE.write(f"{place}/{name}", b"1")
+    (tmp_path / "large.mp4").write_bytes(bytes(6 << 20))
+    monkeypatch.setattr("infra.uploads.PART_BYTES", 5 << 20)
+    STORE.publish(tmp_path / "large.mp4", f"{place}/large.mp4")
+    for name, kind in {**expected, "large.mp4": "video/mp4"}.items():
+        found = server.client().head_object(Bucket=BUCKET, Key=f"{key_of(place)}/{name}")["ContentType"]
+        assert found.partition(";")[0] == kind, name
+
+
 def test_check_writable_leaves_nothing_behind(place: str) -> None:
     STORE.check_writable(f"{place}/new/film.mp4")
     assert list(STORE.list(place)) == []

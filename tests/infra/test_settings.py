@@ -7,7 +7,7 @@ import pytest
 
 from infra import settings as module
 from infra.errors import SettingsError
-from infra.settings import Settings, load_settings
+from infra.settings import Settings, ladder_heights, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,9 @@ def test_the_users_file_is_found_and_another_can_be_named(tmp_path: Path, monkey
         ({"dtype": "fp8"}, "dtype='fp8'"),
         ({"seed": -1}, "seed=-1"),
         ({"height": 8}, "height=8"),
+        ({"hls": "720,481"}, "hls='720,481'"),
+        ({"hls": "720;480"}, "hls='720;480'"),
+        ({"hls": "8"}, "hls='8'"),
     ],
 )
 def test_an_impossible_value_is_named_with_its_origin(flags: dict[str, object], named: str) -> None:
@@ -57,6 +60,11 @@ def test_an_impossible_value_is_named_with_its_origin(flags: dict[str, object], 
         load_settings(flags)
     assert named in caught.value.message and "(flag)" in caught.value.message
     assert caught.value.remedy
+
+
+def test_the_heights_of_a_ladder() -> None:
+    assert ladder_heights(" 480, 1080,720,480") == (1080, 720, 480)
+    assert ladder_heights(None) == ladder_heights("none") == ()
 
 
 def test_an_impossible_environment_value_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

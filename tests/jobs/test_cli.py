@@ -22,7 +22,8 @@ SURFACE = {
     "upriver": ["--version"],
     "upriver restore": [
         "SRC", "DST", "--model", "--steps", "--seed", "--device", "--dtype", "--flow", "--scale", "--height", "--codec",
-        "--crf", "--preset", "--pix-fmt", "--deinterlace", "--cuts", "--no-cuts", "--compare", "--truth", "--overwrite",
+        "--crf", "--preset", "--pix-fmt", "--fragmented", "--no-fragmented", "--framemd5", "--no-framemd5", "--hls",
+        "--deinterlace", "--cuts", "--no-cuts", "--compare", "--truth", "--overwrite",
         "--retry-failed", "--keep", "--segment-seconds", "--exact", "--no-exact", "--slots", "--memory-gb", "--actors",
         "--min-actors", "--threads", "--plan-only", "--limit", "--shuffle", "--priority", "--seconds-per-megapixel",
         "--report", "--config", "--json", "--debug",
@@ -176,6 +177,8 @@ def test_json_tells_errors_to_machines(tmp_path: Path, capsys: pytest.CaptureFix
         (["--scale", "2", "--height", "720"], "--scale and --height"),
         (["--truth", "x.mp4"], "--compare"),
         (["--device", "tpu"], "device='tpu'"),
+        (["--hls", "1080,719"], "even numbers"),
+        (["--hls", "tall"], "even numbers"),
     ],
 )
 def test_contradictory_options_are_refused_before_anything_else(

@@ -59,6 +59,18 @@ def test_results_below_the_source_are_no_sources(tmp_path: Path) -> None:
     assert [item.name for item in select(f"{tmp_path}/**/*.mp4", str(tmp_path / "restored")).items] == ["a.mp4"]
 
 
+def test_extras_of_results_are_no_sources(tmp_path: Path, s3_bucket: str) -> None:
+    names = ("a.mp4", "a_4x.mp4", "a_4x.mp4.framemd5", "a_4x.mp4.hls/1080p.mp4", "deep/b.mkv.hls/audio-1.mp4")
+    touch(tmp_path / "in", *names, "holiday.hls/c.ts")
+    for name in names:
+        storage_for(s3_bucket).write(f"{s3_bucket}/in/{name}", b"x")
+    chosen = select(str(tmp_path / "in"), str(tmp_path / "out"))
+    assert [item.name for item in chosen.items] == ["a.mp4", "a_4x.mp4", "holiday.hls/c.ts"]
+    chosen = select(f"{tmp_path}/in/**/*.mp4", str(tmp_path / "out"))
+    assert [item.name for item in chosen.items] == ["a.mp4", "a_4x.mp4"]
+    assert [item.name for item in select(f"{s3_bucket}/in", str(tmp_path)).items] == ["a.mp4", "a_4x.mp4"]
+
+
 def test_a_file_goes_into_an_existing_folder_or_to_a_name(tmp_path: Path) -> None:
     touch(tmp_path, "a.avi", "out/other.txt")
     for dst, expected in [

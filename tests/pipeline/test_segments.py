@@ -206,16 +206,52 @@ def test_a_folder_of_pictures_is_joined_without_loss(files: dict[str, Path], tmp
                 assert before.rgb_HWC.dtype == after.rgb_HWC.dtype and (before.rgb_HWC == after.rgb_HWC).all()
 
 
-def test_mp4_is_ready_to_stream_or_in_fragments(files: dict[str, Path], tmp_path: Path) -> None:
-    for name in ("h264_vfr_mp4", "anamorphic_mp4"):
-        info = probe(files[name])
-        reports = segments_of(doubled(files[name], info), info, tmp_path / f"{name}.segments", ".mp4", [7])
-        for fragmented in (False, True):
-            dst = tmp_path / f"{name}-{fragmented}.mp4"
-            join(dst, info, reports, files[name], fragmented=fragmented)
-            data = dst.read_bytes()
-            assert data.index(b"moov") < data.index(b"mdat") and (b"moof" in data) == fragmented
-            assert verify(files[name], dst, scale=2).ok
+@pytest.mark.parametrize(
+    ("name", "codec", "suffix"),
+    [
+        ("h264_vfr_mp4", None, ".mp4"),
+        ("anamorphic_mp4", None, ".mp4"),
+        ("multi_mkv", None, ".mp4"),
+        ("captions_mp4", None, ".m4v"),
+        ("rotated_mp4", None, ".mov"),
+        ("prores_mov", "prores", ".mov"),
+        ("hevc_10bit_hdr_mkv", "hevc", ".mp4"),
+        ("offset_ts", None, ".mp4"),
+    ],
+)
+def test_mp4_is_ready_to_stream_or_in_fragments(
+    files: dict[str, Path], tmp_path: Path, name: str, codec: str | None, suffix: str
+) -> None:
+    info = probe(files[name])
+    options = FAST.model_copy(update={"codec": codec})
+    frames = doubled(files[name], info)
+    reports = segments_of(frames, info, tmp_path / "segments", suffix, [7], options)
+    for fragmented in (False, True):
+        dst = tmp_path / f"{fragmented}{suffix}"
+        join(dst, info, reports, files[name], options=options, fragmented=fragmented)
+        assert verify(files[name], dst, scale=2).ok
+        data = dst.read_bytes()
+        assert data.index(b"moov") < data.index(b"mdat")
+        kinds = top_boxes(data)
+        assert kinds.count("moov") == 1 and ("moof" in kinds) == fragmented
+    # In fragments it plays while it comes: what has come so far decodes, up to the last whole fragment.
+    if codec != "prores":  # of which every picture is a key picture
+        assert len(reports) == 3 and kinds.count("moof") >= 3
+    cut = data[: data.rindex(b"moof") - 4]
+    (tmp_path / f"cut{suffix}").write_bytes(cut)
+    with VideoReader(tmp_path / f"cut{suffix}", deinterlace="off") as reader:
+        assert 0 < len([pts for pts, _ in reader.stamps()]) < FRAMES
+
+
+def top_boxes(data: bytes) -> list[str]:
+    """The kinds of all boxes of the outermost level, in their order."""
+    kinds, at = [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        assert size >= 8
+        kinds.append(data[at + 4 : at + 8].decode())
+        at += size
+    return kinds
 
 
 def test_segments_that_do_not_fit_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
