@@ -58,6 +58,12 @@ class Settings(BaseSettings):
     segment_seconds: float = Field(
         default=10.0, gt=0, le=3600, description="length of a segment: what a crash can cost at most, in film time"
     )
+    split_seconds: float | None = Field(
+        default=None, gt=0, le=86400, description="longer shots become parts of about so much film time; none: never"
+    )
+    warm_up_frames: int = Field(
+        default=8, ge=0, le=1000, description="frames before a part that are restored first and thrown away"
+    )
     actors: int | None = Field(default=None, ge=1, le=4096, description="workers; none: one per GPU, or one on the CPU")
     gpus_per_actor: float | None = Field(default=None, ge=0, le=8, description="none: 1 where there is a GPU, else 0")
     threads: int | None = Field(

@@ -23,9 +23,9 @@ SURFACE = {
     "upriver restore": [
         "SRC", "DST", "--model", "--steps", "--seed", "--device", "--dtype", "--flow", "--scale", "--height", "--codec",
         "--crf", "--preset", "--pix-fmt", "--deinterlace", "--cuts", "--no-cuts", "--compare", "--truth", "--overwrite",
-        "--retry-failed", "--keep", "--segment-seconds", "--exact", "--no-exact", "--slots", "--memory-gb", "--actors",
-        "--threads", "--plan-only", "--limit", "--shuffle", "--priority", "--seconds-per-megapixel", "--report",
-        "--config", "--json", "--debug",
+        "--retry-failed", "--keep", "--segment-seconds", "--split-seconds", "--warm-up-frames", "--exact", "--no-exact",
+        "--slots", "--memory-gb", "--actors", "--threads", "--plan-only", "--limit", "--shuffle", "--priority",
+        "--seconds-per-megapixel", "--report", "--config", "--json", "--debug",
     ],
     "upriver status": ["DST", "--watch", "--json", "--debug"],
     "upriver cancel": ["DST", "--wait", "--no-wait", "--json", "--debug"],
@@ -175,6 +175,8 @@ def test_json_tells_errors_to_machines(tmp_path: Path, capsys: pytest.CaptureFix
         (["--steps", "0"], "steps=0"),
         (["--scale", "2", "--height", "720"], "--scale and --height"),
         (["--truth", "x.mp4"], "--compare"),
+        (["--warm-up-frames", "3"], "--split-seconds"),
+        (["--split-seconds", "2"], "--segment-seconds"),
         (["--device", "tpu"], "device='tpu'"),
     ],
 )
