@@ -62,7 +62,7 @@ class Settings(BaseSettings):
         default=None, gt=0, le=86400, description="longer shots become parts of about so much film time; none: never"
     )
     warm_up_frames: int = Field(
-        default=8, ge=0, le=1000, description="frames before a part that are restored first and thrown away"
+        default=16, ge=0, le=1000, description="frames before a part that are restored first and thrown away"
     )
     actors: int | None = Field(default=None, ge=1, le=4096, description="workers; none: one per GPU, or one on the CPU")
     gpus_per_actor: float | None = Field(default=None, ge=0, le=8, description="none: 1 where there is a GPU, else 0")

@@ -164,7 +164,7 @@ def restore(
     warm_up_frames: Annotated[
         int | None,
         typer.Option(
-            help="Frames before a part that are restored first and thrown away. [default: 8]",
+            help="Frames before a part that are restored first and thrown away. [default: 16]",
             show_default=False,
         ),
     ] = None,
