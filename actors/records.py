@@ -30,9 +30,10 @@ class RowOptions(TypedDict):
 
 
 class Row(TypedDict):
-    """One causal task as it travels to an actor: one shot of one video.
+    """One causal task as it travels to an actor: one shot of one video, or a part of a long shot.
 
-    The stream's state is fresh at its first frame, so that it needs nothing from the shots before it.
+    The stream's state is fresh at its first frame, or where its warm-up begins, so that it needs nothing from the tasks
+    before it.
     """
 
     row_id: str  # f"{video_id}-{shot:05d}"
@@ -43,11 +44,13 @@ class Row(TypedDict):
     destination: str  # place of the result; its ending names the container
     segments: str  # place below which this video's segments and their records lie
     states: str  # place below which its stream states lie
-    shot: int  # number of the shot in the video
+    shot: int  # number of the shot in the video; parts are numbered like shots
     first_index: int  # zero-based number of its first frame in the video
     frames: int  # exact number of frames
     start_pts: int  # first time stamp, in units of the stream's time base
     stop_pts: int  # time stamp to stop before; -1 to the end of the video
+    warm_up: int  # frames before them, of the same shot, that are restored first and thrown away
+    warm_up_pts: int  # time stamp of the first of those; without any, start_pts
     deinterlace: str  # as `pipeline.video.VideoReader` takes it: decided by the plan
     segment_frames: int  # frames of every segment but the shot's last one
     width: int  # of the source
@@ -64,8 +67,8 @@ class SegmentRecord(BaseModel):
         name: of the segment's file, below the video's `segments`.
         state: name of the StreamState to go on from after this segment, below `states`; None after a shot's last one.
         damage, warnings: sentences for people about this stretch.
-        seconds: where the time went: waiting for the decoder, model, waiting for encoder and storage. Together they are
-            the time that the segment took.
+        seconds: where the time went: waiting for the decoder, model, waiting for encoder and storage, and the model's
+            warm-up before a part's first segment. Together they are the time that the segment took.
         device, dtype, flow: what the model ran on and with.
     """
 

@@ -1,7 +1,8 @@
 """The restoration of one shot, segment by segment: a reader, the model, an encoder and an uploader, a thread for each.
 
 What an earlier attempt finished is taken over, and the stream goes on from the state saved after it. Knows one shot
-and no cluster. Where the cuts are is the plan's matter: a shot has none inside.
+and no cluster. Where the cuts are is the plan's matter: a shot has none inside. A part of a shot is restored like a
+shot, after the frames of its warm-up.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ class Restoration:
         self._replayed = tuple(self._store.records)
         self.resumed = self._store.frames_done
         self._finished = self.resumed == row["frames"]
+        self._warm_up = 0 if self.resumed else row["warm_up"]  # a saved state is as warm as can be
         self._state = self._first_state(saved)
         self._reader = self._open_reader(threads, max_pixels, from_start)
         info = self._reader.info
@@ -118,7 +120,7 @@ class Restoration:
         self._suffix = segment_suffix(self._encoder_options, info, Path(row["destination"]).suffix)
         self._told_damage = 0
         self._done: deque[SegmentRecord] = deque()
-        self._seconds = {"model": 0.0, "decode": 0.0, "encode": 0.0}
+        self._seconds = {"model": 0.0, **({"warm_up": 0.0} if self._warm_up else {})}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._writer: SegmentWriter | None = None
         if self._finished:
@@ -136,15 +138,20 @@ class Restoration:
         written = self.width * self.height
         return beside_the_step(restored_pixels=restored, written_pixels=written, waiting=QUEUE_DEPTH + 2)
 
+    @property
+    def _first_read(self) -> int:
+        """Number in the video of the first frame that is still to be read."""
+        return self._row["first_index"] + self.resumed - self._warm_up
+
     def _first_state(self, saved: bytes | None) -> StreamState:
         if saved is None:
-            return self._pipe.start(seed=self._row["seed"], index=self._row["first_index"] + self.resumed)
+            return self._pipe.start(seed=self._row["seed"], index=self._first_read)
         return StreamState.load(io.BytesIO(saved), self._pipe.device, model_sha256=self._pipe.model_sha256)
 
     def _open_reader(self, threads: int, max_pixels: int, from_start: bool) -> VideoReader:
         row = self._row
-        start_pts = self._replayed[-1].last_pts + 1 if self._replayed else row["start_pts"]
-        at_start = from_start or row["first_index"] + self.resumed == 0
+        start_pts = self._replayed[-1].last_pts + 1 if self._replayed else row["warm_up_pts"]
+        at_start = from_start or self._first_read == 0
         return VideoReader(
             video_source(row["source"]),
             deinterlace=cast(Deinterlace, row["deinterlace"]),
@@ -152,12 +159,11 @@ class Restoration:
             threads=threads,
             start_pts=None if at_start else start_pts,
             stop_pts=row["stop_pts"] if row["stop_pts"] != -1 and not from_start else None,
-            first_index=0 if from_start else row["first_index"] + self.resumed,
+            first_index=0 if from_start else self._first_read,
         )
 
     def _frames_from_start(self) -> Iterator[VideoFrame]:
-        first = self._row["first_index"]
-        return islice(self._reader, first + self.resumed, first + self._row["frames"])
+        return islice(self._reader, self._first_read, self._row["first_index"] + self._row["frames"])
 
     def _make_folder(self) -> Path:
         """Where segments grow: beside their place if that is local, so that they get it by a rename."""
@@ -208,12 +214,16 @@ class Restoration:
             yield Advance(done, record, replayed=True)
         if self._finished:
             return
-        for frame in self._frames:
-            if done == self._row["frames"] or (done == 0 and frame.pts != self._row["start_pts"]):
+        known = {-self._warm_up: self._row["warm_up_pts"], 0: self._row["start_pts"]}
+        for number, frame in enumerate(self._frames, done - self._warm_up):
+            if number == self._row["frames"] or frame.pts != known.get(number, frame.pts):
                 raise self._mismatch(f"a picture at {float(frame.pts * frame.time_base):.3f} s was not expected there")
             began = time.perf_counter()
             picture = self._step(frame.rgb_HWC)
-            self._seconds["model"] += time.perf_counter() - began
+            self._seconds["model" if number >= 0 else "warm_up"] += time.perf_counter() - began
+            if number < 0:
+                yield Advance(done)
+                continue
             done += 1
             self._results.put(_Restored(frame, picture, self._segment_end(done)))
             yield Advance(done, self._done.popleft() if self._done else None)
@@ -235,7 +245,7 @@ class Restoration:
         if done % self._row["segment_frames"] and not is_last:
             return None
         spent = {**self._seconds, "decode": self._frames.waited_s, "encode": self._results.waited_s}
-        self._seconds["model"] = 0.0
+        self._seconds = {"model": 0.0}
         self._frames.waited_s = self._results.waited_s = 0.0
         # A step replaces the tensors and leaves the old ones as they are: the encoder's thread may write them later.
         return _SegmentEnd(None if is_last else dataclasses.replace(self._state), spent)

@@ -64,6 +64,12 @@ class Settings(BaseSettings):
     segment_seconds: float = Field(
         default=10.0, gt=0, le=3600, description="length of a segment: what a crash can cost at most, in film time"
     )
+    split_seconds: float | None = Field(
+        default=None, gt=0, le=86400, description="longer shots become parts of about so much film time; none: never"
+    )
+    warm_up_frames: int = Field(
+        default=16, ge=0, le=1000, description="frames before a part that are restored first and thrown away"
+    )
     actors: int | None = Field(default=None, ge=1, le=4096, description="workers; none: one per GPU, or one on the CPU")
     min_actors: int | None = Field(
         default=None,

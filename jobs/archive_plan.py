@@ -81,7 +81,7 @@ def planned(place: str) -> tuple[Archive, float | None]:
     try:
         document = json.loads(storage_for(place).read(place))
         rows = [
-            shot["frames"] * video["width"] * video["height"] / 1e6
+            (shot["frames"] + shot.get("warm_up", 0)) * video["width"] * video["height"] / 1e6
             for video in document["videos"]
             for shot in video["shots"]
         ]

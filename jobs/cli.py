@@ -177,6 +177,20 @@ def restore(
             show_default=False,
         ),
     ] = None,
+    split_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Split longer shots into parts of about so much film time: nearly the same. [default: never]",
+            show_default=False,
+        ),
+    ] = None,
+    warm_up_frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Frames before a part that are restored first and thrown away. [default: 16]",
+            show_default=False,
+        ),
+    ] = None,
     exact: Annotated[
         bool | None,
         typer.Option(
@@ -256,8 +270,8 @@ def restore(
         "model": model, "steps": steps, "seed": seed, "device": device, "dtype": dtype, "flow": flow,
         "scale": scale, "height": height, "codec": codec, "crf": crf, "preset": preset, "pix_fmt": pix_fmt,
         "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,
-        "segment_seconds": segment_seconds, "exact": exact, "slots": slots, "memory_gb": memory_gb,
-        "min_actors": min_actors,
+        "segment_seconds": segment_seconds, "split_seconds": split_seconds, "warm_up_frames": warm_up_frames,
+        "exact": exact, "slots": slots, "memory_gb": memory_gb, "min_actors": min_actors,
         "fragmented": fragmented, "framemd5": framemd5, "hls": hls,
     }  # fmt: skip
     if plan_only:

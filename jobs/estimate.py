@@ -57,13 +57,17 @@ class Estimate:
     Attributes:
         hours: of film. gpu_hours: of all workers together; hours of a core's worth of workers where there is no GPU.
         wall_hours: with `actors` workers, longest shot first, if nothing fails.
+        tasks: shots that are whole, and parts of those that are split. warm_up_frames: of all parts; restored besides
+            `frames`, and counted in the times.
         result_bytes, work_bytes: of all results, and what segments and states take at most beside them.
     """
 
     videos: int
     failures: int
     shots: int
+    tasks: int
     frames: int
+    warm_up_frames: int
     hours: float
     actors: int
     gpu_hours: float | None
@@ -106,8 +110,10 @@ def estimate(plans: Sequence[VideoPlan], failures: int, cost: Cost, *, actors: i
     return Estimate(
         videos=len(plans),
         failures=failures,
-        shots=sum(len(plan.shots) for plan in plans),
+        shots=sum(shots_in(plan) for plan in plans),
+        tasks=sum(len(plan.shots) for plan in plans),
         frames=sum(plan.frames for plan in plans),
+        warm_up_frames=sum(shot.warm_up for plan in plans for shot in plan.shots),
         hours=sum(plan.duration_s for plan in plans) / _HOUR,
         actors=actors,
         gpu_hours=None if seconds is None else sum(seconds) / _HOUR,
@@ -120,10 +126,15 @@ def estimate(plans: Sequence[VideoPlan], failures: int, cost: Cost, *, actors: i
 
 
 def row_seconds(plans: Iterable[VideoPlan], seconds_per_megapixel: float) -> Iterable[float]:
-    """Return the expected seconds of each row."""
+    """Return the expected seconds of each row, its warm-up included."""
     for plan in plans:
         for shot in plan.shots:
-            yield shot.frames * plan.width * plan.height / 1e6 * seconds_per_megapixel
+            yield (shot.warm_up + shot.frames) * plan.width * plan.height / 1e6 * seconds_per_megapixel
+
+
+def shots_in(plan: VideoPlan) -> int:
+    """Return how many shots a video has, each once however many parts it is restored in."""
+    return sum(not shot.continues for shot in plan.shots)
 
 
 def result_bytes(plan: VideoPlan) -> int:
@@ -181,7 +192,8 @@ def plan_only_command(
 
 def _print(plans: Sequence[VideoPlan], failed: Sequence[Planned], total: Estimate, cost: Cost) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("video", "size", "frames", "shots", "film", "one worker", "result"):
+    parts = ["parts"] if total.tasks > total.shots else []
+    for column in ("video", "size", "frames", "shots", *parts, "film", "one worker", "result"):
         table.add_column(column, justify="left" if column in ("video", "size") else "right", no_wrap=True)
     for plan in plans:
         seconds = None
@@ -191,7 +203,8 @@ def _print(plans: Sequence[VideoPlan], failed: Sequence[Planned], total: Estimat
             plan.name,
             f"{plan.width}x{plan.height} -> {plan.out_width}x{plan.out_height}",
             str(plan.frames),
-            str(len(plan.shots)),
+            str(shots_in(plan)),
+            *([str(len(plan.shots))] if total.tasks > total.shots else []),
             duration(plan.duration_s),
             "?" if seconds is None else duration(seconds),
             in_words(result_bytes(plan)),
@@ -202,6 +215,9 @@ def _print(plans: Sequence[VideoPlan], failed: Sequence[Planned], total: Estimat
         print(f"{one.item.name}: {one.failure['message'] if one.failure else ''}", file=sys.stderr)
     film = duration(total.hours * _HOUR)
     print(f"\nVideos: {total.videos}; shots: {total.shots}; frames: {total.frames}; film: {film}")
+    if total.tasks > total.shots:
+        share = total.warm_up_frames / total.frames
+        print(f"Split into {total.tasks} parts: {total.warm_up_frames} frames of warm-up besides, {share:.2%} more")
     if total.failures:
         print(f"Videos that cannot be planned: {total.failures}")
     if total.gpu_hours is None or total.wall_hours is None:

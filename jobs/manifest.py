@@ -53,20 +53,29 @@ class ModelRecord(BaseModel):
     flow: str
 
 
+class Split(BaseModel):
+    """Where a shot was split: the first frame of a part, and how many frames before it were restored to warm up."""
+
+    model_config = ConfigDict(extra="forbid")
+    first_index: int
+    warm_up: int
+
+
 class Manifest(BaseModel):
     """Everything needed to know what a result is, and to make it again.
 
-    Version 1, of whole videos restored in one go, had neither name, duration nor parts.
+    Version 1, of whole videos restored in one go, had neither name, duration nor parts. Version 2 knew no splits.
 
     Attributes:
         name: of the source, below SRC. duration_s: of the video.
         parts: the segments that the result was joined from, in the order of the film.
         cuts: numbers of the first frames of all shots but the first.
         extras: what was made of the result, beside it; more may be made later.
+        splits: where shots were split, which are no cuts: there the result is not quite that of the unsplit shot.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
-    manifest_version: Literal[1, 2] = 2
+    manifest_version: Literal[1, 2, 3] = 3
     run_id: str
     name: str | None = None
     duration_s: float | None = None
@@ -79,6 +88,7 @@ class Manifest(BaseModel):
     damage: list[str]
     warnings: list[str]
     cuts: list[int]
+    splits: list[Split] = []
     seconds: dict[str, float]
     versions: dict[str, str]
     finished_at: str

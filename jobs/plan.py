@@ -1,7 +1,8 @@
 """What a restore job will do to each video: every picture is decoded once, its shots found, its frames counted.
 
 A plan depends on source, model and options alone, so that it can be made on any machine and kept. The rows made of it
-are causal tasks: a shot needs nothing from those before it. Nothing is written here, and nothing is restored.
+are causal tasks: a shot needs nothing from those before it. A long one may be split, and then each part begins as a
+stream of its own, some frames early. Nothing is written here, and nothing is restored.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, Literal
 
 from actors.errors import Failure, FailureClass, describe_failure
@@ -19,6 +22,7 @@ from actors.records import Row, RowOptions
 from infra.cluster import quiet_data
 from infra.settings import Settings
 from infra.storage import video_source
+from jobs.errors import UsageError
 from jobs.records import Shot, VideoPlan
 from jobs.sources import Item
 
@@ -37,6 +41,7 @@ class PlanOptions:
         seed: of the noise. numerics: what else changes pixels: number format and motion estimator.
         segment_seconds: length of a segment.
         deinterlace, cuts: as in the settings. max_pixels: largest frame accepted.
+        split_seconds, warm_up_frames: longer shots become parts of that length, each after such a warm-up; None: never.
     """
 
     row: RowOptions
@@ -46,6 +51,8 @@ class PlanOptions:
     deinterlace: Literal["auto", "on", "off", "pulldown"]
     cuts: bool
     max_pixels: int
+    split_seconds: float | None
+    warm_up_frames: int
 
     def for_item(self, item: Item) -> PlanOptions:
         """Return the options with those that `item` has of its own."""
@@ -57,7 +64,17 @@ class PlanOptions:
 
 
 def plan_options(settings: Settings) -> PlanOptions:
-    """Return what the settings say of plans."""
+    """Return what the settings say of plans.
+
+    Raises:
+        UsageError: parts of shots would be shorter than a segment.
+    """
+    if settings.split_seconds is not None and settings.split_seconds < settings.segment_seconds:
+        raise UsageError(
+            f"Parts of {settings.split_seconds:g} s are shorter than a segment, {settings.segment_seconds:g} s.",
+            code="option-conflict",
+            remedy="Parts are whole segments: raise --split-seconds, or lower --segment-seconds as well.",
+        )
     row = RowOptions(
         steps=settings.steps,
         scale=settings.scale,
@@ -77,6 +94,8 @@ def plan_options(settings: Settings) -> PlanOptions:
         deinterlace=settings.deinterlace,
         cuts=settings.cuts,
         max_pixels=settings.max_pixels,
+        split_seconds=settings.split_seconds,
+        warm_up_frames=settings.warm_up_frames,
     )
 
 
@@ -88,7 +107,7 @@ def run_id(item: Item, options: PlanOptions, model_sha256: str) -> str:
     looked up here.
     """
     own = options.for_item(item)
-    identity = {
+    identity: dict[str, Any] = {
         "plan": PLAN_VERSION,
         "name": item.name,  # copies of one file have one version, and each of them is to be restored
         "source": item.version,
@@ -100,11 +119,13 @@ def run_id(item: Item, options: PlanOptions, model_sha256: str) -> str:
         "deinterlace": own.deinterlace,
         "cuts": own.cuts,
     }
+    if own.split_seconds is not None:  # otherwise as before there were parts: finished work stays finished
+        identity["split"] = [own.split_seconds, own.warm_up_frames]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plan_video(item: Item, options: PlanOptions, model_sha256: str) -> VideoPlan:
-    """Decode a source once, in constant memory, and say what will be done to it.
+    """Decode a source once, in constant memory (but 8 bytes for each frame), and say what will be done to it.
 
     The cut detector sees what a live stream's sees, so that the shots are those at which a stream would start afresh.
 
@@ -124,24 +145,22 @@ def plan_video(item: Item, options: PlanOptions, model_sha256: str) -> VideoPlan
     info = probe(source, limits=limits)
     check_output(info, item.destination, own.row)
     detector = CutDetector() if own.cuts else None
-    starts: list[tuple[int, int]] = []  # number and time stamp of each shot's first frame
-    frames = 0
-    first_pts = last_pts = 0
+    starts: list[int] = []  # number of each shot's first frame
+    stamps = array("q")
     with VideoReader(source, deinterlace=own.deinterlace, limits=limits, threads=1, info=info) as reader:
         for frame in reader:
             is_cut = detector is not None and detector.update(frame.rgb_HWC)
             if is_cut or not starts:
-                starts.append((frames, frame.pts))
-            if frames == 0:
-                first_pts = frame.pts
-            last_pts = frame.pts
-            frames += 1
+                starts.append(len(stamps))
+            stamps.append(frame.pts)
         deinterlaces, presented = reader.deinterlaces, reader.info
-    if not frames:
+    if not stamps:
         raise UnreadableVideo(
             f"{item.name}: no picture in it can be decoded.", remedy="Recover it or use another copy."
         )
     out_width, out_height = output_size(info, own.row["scale"], own.row["height"])
+    rate, segment = presented.average_rate, segment_frames(own.segment_seconds, presented.average_rate)
+    longest = None if own.split_seconds is None else segment_frames(own.split_seconds, rate)
     return VideoPlan(
         run_id=run_id(item, options, model_sha256),
         name=item.name,
@@ -153,14 +172,14 @@ def plan_video(item: Item, options: PlanOptions, model_sha256: str) -> VideoPlan
         height=info.height,
         out_width=out_width,
         out_height=out_height,
-        frames=frames,
-        duration_s=float((last_pts - first_pts) * info.time_base + 1 / presented.average_rate),
-        average_rate=str(presented.average_rate),
+        frames=len(stamps),
+        duration_s=float((stamps[-1] - stamps[0]) * info.time_base + 1 / rate),
+        average_rate=str(rate),
         time_base=str(info.time_base),
         codec=info.codec,
         deinterlace=own.deinterlace if deinterlaces else "off",
-        segment_frames=segment_frames(own.segment_seconds, presented.average_rate),
-        shots=_shots(starts, frames),
+        segment_frames=segment,
+        shots=_tasks(starts, stamps, segment, longest, own.warm_up_frames),
         seed=own.seed,
         priority=item.priority,
         options=own.row,
@@ -174,8 +193,20 @@ def segment_frames(seconds: float, rate: Fraction) -> int:
     return max(1, round(Fraction(seconds) * rate))
 
 
+def part_lengths(frames: int, longest: int, segment: int) -> list[int]:
+    """Return the lengths in frames of the parts of a shot: whole segments, so that these are the unsplit shot's.
+
+    Parts are as equal as segments allow. What is less than a segment stays with the last part, so that none is tiny: it
+    may be longer than `longest` by less than a segment. A part has a segment at least.
+    """
+    segments = max(1, frames // segment)
+    parts = -(-segments // max(1, longest // segment))
+    ends = [-(-segments * number // parts) * segment for number in range(parts)] + [frames]
+    return [end - begin for begin, end in pairwise(ends)]
+
+
 def rows_of(plan: VideoPlan, segments: str, states: str) -> list[Row]:
-    """Return one row per shot; `segments` and `states` are the places of this video in the work area."""
+    """Return one row per shot or part of one; `segments` and `states` are the places of this video in the work area."""
     return [
         Row(
             row_id=f"{plan.run_id}-{shot.number:05d}",
@@ -191,12 +222,14 @@ def rows_of(plan: VideoPlan, segments: str, states: str) -> list[Row]:
             frames=shot.frames,
             start_pts=shot.start_pts,
             stop_pts=shot.stop_pts,
+            warm_up=shot.warm_up,
+            warm_up_pts=shot.start_pts if shot.warm_up_pts is None else shot.warm_up_pts,
             deinterlace=plan.deinterlace,
             segment_frames=plan.segment_frames,
             width=plan.width,
             height=plan.height,
             seed=plan.seed,
-            cost=float(shot.frames * plan.width * plan.height),
+            cost=float((shot.warm_up + shot.frames) * plan.width * plan.height),
             options=json.dumps(plan.options),
         )
         for shot in plan.shots
@@ -277,9 +310,25 @@ def _died(item: Item) -> Failure:
     )
 
 
-def _shots(starts: list[tuple[int, int]], frames: int) -> list[Shot]:
-    ends = [*starts[1:], (frames, -1)]
-    return [
-        Shot(number=number, first_index=index, frames=end - index, start_pts=pts, stop_pts=stop_pts)
-        for number, ((index, pts), (end, stop_pts)) in enumerate(zip(starts, ends, strict=True))
-    ]
+def _tasks(starts: list[int], stamps: array[int], segment: int, longest: int | None, warm_up: int) -> list[Shot]:
+    """The shots that begin at `starts`, or the parts of those that have more than `longest` frames."""
+    tasks: list[Shot] = []
+    for start, stop in pairwise([*starts, len(stamps)]):
+        first = start
+        for frames in [stop - start] if longest is None else part_lengths(stop - start, longest, segment):
+            end = first + frames
+            before = min(warm_up, first - start)
+            tasks.append(
+                Shot(
+                    number=len(tasks),
+                    first_index=first,
+                    frames=frames,
+                    start_pts=stamps[first],
+                    stop_pts=stamps[end] if end < len(stamps) else -1,
+                    continues=first > start,
+                    warm_up=before,
+                    warm_up_pts=stamps[first - before] if before else None,
+                )
+            )
+            first = end
+    return tasks

@@ -28,13 +28,24 @@ class _Record(BaseModel):
 
 
 class Shot(_Record):
-    """One shot: `frames` frames from number `first_index` on, with start_pts <= pts < stop_pts (-1: to the end)."""
+    """One task: a shot, or a part of a long one. Parts are numbered like shots, and wherever a shot is named.
+
+    It has `frames` frames from number `first_index` on, with start_pts <= pts < stop_pts (-1: to the end).
+
+    Attributes:
+        continues: there is no cut at its beginning: it goes on with the shot that the task before it is of.
+        warm_up: frames right before it, of the same shot, that are restored first and thrown away.
+        warm_up_pts: time stamp of the first of them; None without.
+    """
 
     number: int
     first_index: int
     frames: int
     start_pts: int
     stop_pts: int
+    continues: bool = False
+    warm_up: int = 0
+    warm_up_pts: int | None = None
 
 
 class VideoPlan(_Record):
@@ -49,6 +60,7 @@ class VideoPlan(_Record):
         deinterlace: as it was asked for; "off" where `auto` found nothing to do.
         damage: what was noticed while every picture was decoded once.
         priority: videos of a higher one start first.
+        shots: the tasks, in the order of the film.
     """
 
     run_id: str

@@ -88,6 +88,12 @@ def _refuse_contradictions(loaded: LoadedSettings, compare: bool, truth: Path | 
         raise UsageError("--truth has no effect without --compare.", code="option-unused", remedy="Add --compare.")
     if truth is not None and not truth.exists():
         raise NoInputError(f"{truth} does not exist.", code="source-missing", remedy="Check the path of --truth.")
+    if loaded.origins["warm_up_frames"] == "flag" and loaded.values.split_seconds is None:
+        raise UsageError(
+            "--warm-up-frames has no effect without --split-seconds.",
+            code="option-unused",
+            remedy="Add --split-seconds.",
+        )
     if loaded.origins["height"] == "flag" and loaded.origins["scale"] == "flag":
         raise UsageError(
             "--scale and --height exclude each other.", code="option-conflict", remedy="Give only one of them."

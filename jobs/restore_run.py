@@ -29,6 +29,7 @@ from jobs.manifest import (
     ModelRecord,
     OutputRecord,
     SourceRecord,
+    Split,
     component_versions,
     timestamp,
     write_manifest,
@@ -375,16 +376,23 @@ class RestoreRun:
                 "deinterlace": plan.deinterlace,
                 "segment_frames": plan.segment_frames,
                 "exact": self.settings.exact,
+                **self._split_options(),
             },
             damage=plan.damage,
             warnings=list(dict.fromkeys([*plan.warnings, *draft.warnings])),
-            cuts=[shot.first_index for shot in plan.shots[1:]],
+            cuts=[shot.first_index for shot in plan.shots[1:] if not shot.continues],
+            splits=[Split(first_index=at.first_index, warm_up=at.warm_up) for at in plan.shots if at.continues],
             parts=draft.parts,
             seconds={name: round(value, 3) for name, value in draft.seconds.items()},
             versions=component_versions(),
             finished_at=timestamp(),
             extras=draft.extras,
         )
+
+    def _split_options(self) -> dict[str, object]:
+        if self.settings.split_seconds is None:
+            return {}
+        return {"split_seconds": self.settings.split_seconds, "warm_up_frames": self.settings.warm_up_frames}
 
 
 def _named(delivered: Delivered) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra.settings import Settings
+from jobs.archive_plan import planned
 from jobs.cli import main
 from jobs.estimate import Cost, estimate, known_cost, result_bytes
 from jobs.plan import plan_options, plan_video
@@ -77,6 +78,31 @@ def test_plan_only_prints_the_plan_and_writes_nothing(
     assert document["estimate"]["actors"] == 3 and document["seconds_per_megapixel"] == 2
     assert VideoPlan.model_validate(document["videos"][0]).frames == document["estimate"]["frames"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_split_is_counted_with_its_warm_up(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["restore", str(videos / "a.mp4"), str(tmp_path / "out.mkv"), "--plan-only", "--no-cuts"]
+    command += ["--segment-seconds", "0.2", "--seconds-per-megapixel", "2"]
+    split = [*command, "--split-seconds", "0.2", "--warm-up-frames", "3"]
+    assert main([*command, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)["estimate"]
+    assert main([*split, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    parts, estimated = document["videos"][0]["shots"], document["estimate"]
+    assert estimated["shots"] == whole["shots"] == whole["tasks"] == 1 and whole["warm_up_frames"] == 0
+    assert estimated["tasks"] == len(parts) > 2 and estimated["warm_up_frames"] == 3 * (len(parts) - 1)
+    more = estimated["warm_up_frames"] / whole["frames"]
+    assert estimated["gpu_hours"] == pytest.approx(whole["gpu_hours"] * (1 + more))
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    archive, _ = planned(str(tmp_path / "plan.json"))
+    assert archive.rows.sum() == pytest.approx((1 + more) * whole["frames"] * 96 * 64 / 1e6)
+    assert main(split) == 0
+    text = capsys.readouterr().out
+    assert f"Split into {len(parts)} parts: {3 * (len(parts) - 1)} frames of warm-up besides, {more:.2%} more" in text
+    assert main(command) == 0
+    assert "parts" not in capsys.readouterr().out
 
 
 def test_plan_only_names_what_cannot_be_planned(

@@ -14,7 +14,8 @@ import pytest
 from infra.cluster import connected
 from infra.settings import Settings
 from infra.storage import storage_for
-from jobs.plan import Planned, PlanOptions, plan_all, plan_options, plan_video, rows_of, run_id
+from jobs.errors import UsageError
+from jobs.plan import Planned, PlanOptions, part_lengths, plan_all, plan_options, plan_video, rows_of, run_id
 from jobs.records import VideoPlan
 from jobs.sources import Item, select
 from pipeline.video import UnreadableVideo, VideoReader
@@ -86,6 +87,54 @@ def test_rows_carry_what_an_actor_needs_and_nothing_but_plain_values(film: Path)
     assert {(row["segments"], row["states"], row["seed"]) for row in rows} == {("/w/segments", "/w/states", 7)}
 
 
+@pytest.mark.parametrize(
+    ("frames", "longest", "lengths"),
+    [
+        (7, 20, [7]),  # less than a segment
+        (20, 20, [20]),
+        (29, 20, [29]),  # less than a segment too long
+        (30, 20, [20, 10]),
+        (31, 20, [20, 11]),
+        (50, 40, [30, 20]),  # not 40 and 10
+        (109, 40, [40, 30, 39]),  # 40 + 40 + 29 would be no better; the rest is never alone
+        (31, 10, [10, 10, 11]),
+        (31, 5, [10, 10, 11]),  # a segment at least
+    ],
+)
+def test_parts_are_whole_segments_and_as_equal_as_these_allow(frames: int, longest: int, lengths: list[int]) -> None:
+    assert part_lengths(frames, longest, 10) == lengths
+
+
+def test_long_shots_are_split_and_a_warm_up_never_reaches_before_its_shot(film: Path) -> None:
+    """Shots of 12, 7 and 9 frames in segments of 2: parts of 6 and 6; 7, less than a segment too long; 4 and 5."""
+    split = options_for(segment_seconds=0.08, split_seconds=0.24, warm_up_frames=5)
+    plan = plan_video(item_for(film), split, "model")
+    with VideoReader(film) as reader:
+        stamps = [frame.pts for frame in reader]
+    assert [(shot.first_index, shot.frames, shot.continues, shot.warm_up) for shot in plan.shots] == [
+        (0, 6, False, 0), (6, 6, True, 5), (12, 7, False, 0), (19, 4, False, 0), (23, 5, True, 4),
+    ]  # fmt: skip
+    assert [shot.number for shot in plan.shots] == list(range(5)) and plan.segment_frames == 2
+    assert [shot.start_pts for shot in plan.shots] == [stamps[at] for at in (0, 6, 12, 19, 23)]
+    assert [shot.stop_pts for shot in plan.shots] == [*(stamps[at] for at in (6, 12, 19, 23)), -1]
+    assert [shot.warm_up_pts for shot in plan.shots] == [None, stamps[1], None, None, stamps[19]]
+    rows = rows_of(plan, "/w/segments", "/w/states")
+    assert [row["warm_up_pts"] for row in rows] == [stamps[at] for at in (0, 1, 12, 19, 19)]
+    assert [row["cost"] / (160 * 96) for row in rows] == [6, 11, 7, 4, 9]
+    # Without the option nothing is split, whatever the warm-up; and plans kept by versions that knew neither are read.
+    whole = plan_video(item_for(film), options_for(segment_seconds=0.08, warm_up_frames=5), "model")
+    assert [shot.frames for shot in whole.shots] == list(SCENES)
+    old = whole.model_dump(mode="json")
+    for shot in old["shots"]:
+        del shot["continues"], shot["warm_up"], shot["warm_up_pts"]
+    assert VideoPlan.model_validate(old) == whole
+
+
+def test_parts_shorter_than_a_segment_are_refused() -> None:
+    with pytest.raises(UsageError, match="shorter than a segment"):
+        options_for(split_seconds=9.9)
+
+
 def test_interlaced_sources_are_planned_as_the_deinterlacer_presents_them(files: dict[str, Path]) -> None:
     item = item_for(files["mpeg2_interlaced_ts"])
     plan = plan_video(item, options_for(), "model")
@@ -123,8 +172,10 @@ def test_the_run_id_changes_with_whatever_changes_the_result(tmp_path: Path) -> 
     others = [
         named("v2"), named(name="copy"), named(model="other"), named(seed=1), named(dtype="bf16"), named(steps=2),
         named(segment_seconds=5), named(cuts=False), named(deinterlace="on"), named(own={"crf": 9}),
+        named(split_seconds=60), named(split_seconds=30), named(split_seconds=60, warm_up_frames=3),
     ]  # fmt: skip
-    assert len({base, *others}) == 11
+    assert len({base, *others}) == 14
+    assert named(warm_up_frames=3) == base  # of no effect without parts
     assert named(own={"seed": 1}) == named(seed=1)
     assert named(max_pixels=1000) == base  # a limit changes no picture
 
