@@ -75,6 +75,10 @@ class Settings(BaseSettings):
     )
     max_pixels: int = Field(default=8192 * 4320, ge=256, description="largest frame accepted, in pixels")
 
+    def in_effect(self) -> Settings:
+        """Return the settings as they are used: `exact` decides what would change bits, whatever else is said."""
+        return self.model_copy(update={"dtype": "fp32", "threads": 1, "slots": 1}) if self.exact else self
+
     @classmethod
     def settings_customise_sources(
         cls,
