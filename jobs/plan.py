@@ -57,7 +57,8 @@ class PlanOptions:
 
 
 def plan_options(settings: Settings) -> PlanOptions:
-    """Return what the settings say of plans."""
+    """Return what the settings, as they are in effect, say of plans."""
+    settings = settings.in_effect()
     return PlanOptions(
         row=RowOptions(
             steps=settings.steps,
@@ -69,12 +70,21 @@ def plan_options(settings: Settings) -> PlanOptions:
             pix_fmt=settings.pix_fmt,
         ),
         seed=settings.seed,
-        numerics=f"{settings.dtype}/{settings.flow}",
+        numerics=_numerics(settings),
         segment_seconds=settings.segment_seconds,
         deinterlace=settings.deinterlace,
         cuts=settings.cuts,
         max_pixels=settings.max_pixels,
     )
+
+
+def _numerics(settings: Settings) -> str:
+    """What changes pixels beside the options, as far as runs are told apart by it."""
+    named = f"{settings.dtype}/{settings.flow}"
+    if not settings.exact:
+        return named  # whatever the memory: a job must be able to go on where there is less of it
+    tiles = "" if settings.memory_gb is None else f"/{settings.memory_gb:g} GB"
+    return f"{named}/exact{tiles}"
 
 
 def run_id(item: Item, options: PlanOptions, model_sha256: str) -> str:
@@ -86,6 +96,7 @@ def run_id(item: Item, options: PlanOptions, model_sha256: str) -> str:
     identity = {
         "plan": PLAN_VERSION,
         "source": item.version,
+        "name": item.name,  # copies of a file have equal versions, and are restored each for itself
         "model": model_sha256,
         "seed": own.seed,
         "numerics": own.numerics,

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 from actors.assemble import Draft, write_checksum
 from actors.errors import Failure, FailureClass
 from actors.hardware import usable_cores
 from actors.upscaler import EngineOptions
-from infra.cluster import Cluster, connected
+from infra.cluster import Cluster, connected, joins_a_cluster
+from infra.own_code import code_fingerprint
+from infra.ray_jobs import runs_in_a_job
 from infra.settings import Settings
+from infra.storage import join, storage_for
 from jobs.cancel import withdraw_cancel
 from jobs.errors import ExitCode, Interrupted, TaskError, exit_code_of, exit_code_of_failure
 from jobs.ledger import Ledger
@@ -32,11 +36,14 @@ from jobs.manifest import (
     write_manifest,
 )
 from jobs.model import ResolvedModel
+from jobs.nodes import Scratch, check_nodes
 from jobs.plan import PlanOptions, plan_all, run_id
+from jobs.plan_file import PlanFile
 from jobs.pool import PoolSize, pool_size, stopping_on_signals
 from jobs.progress import Outcome, ProgressBar
 from jobs.records import JobRecord, VideoPlan
 from jobs.restoring import Choices, Restoring, Video
+from jobs.room import check_room, room_needed
 from jobs.sources import Item, Selection
 from jobs.tally import Reporter, Tally
 from jobs.workarea import WorkArea
@@ -48,6 +55,7 @@ class Report:
 
     `wall_s` is the time from the first probe to the last manifest, without the start of Ray, which `ray_start_s` has;
     `prepare_s` is the part of it before that: probing, checking the model, and looking at what is finished.
+    `warnings` are about the job as a whole.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
@@ -55,6 +63,7 @@ class Report:
     prepare_s: float = 0.0
     wall_s: float = 0.0
     ledger: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def exit_code(self) -> ExitCode:
         """Return the exit status of a job that ran to its end: see `jobs/errors.py`."""
@@ -85,9 +94,11 @@ class RestoreRun:
     keep: bool
     retry_failed: bool
     quiet: bool
+    made: PlanFile | None = None
     _ledger: Ledger = field(init=False)
     _tally: Tally = field(init=False)
     _job: JobRecord = field(init=False)
+    _scratch: list[Scratch] = field(init=False, default_factory=list)
 
     def run(self, pending: Sequence[Item], refused: Sequence[tuple[Item, Failure]]) -> None:
         """Restore `pending`; note `refused` as failed.
@@ -189,24 +200,51 @@ class RestoreRun:
     def _restore(self, items: Sequence[Item], reporter: Reporter) -> None:
         with ExitStack() as stack:
             cluster = None
-            if len(items) > 1:  # plans are then made by tasks; otherwise here, while nothing else has been started
-                cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
-                stack.enter_context(stopping_on_signals())
+            # Several plans are made by tasks; one is made here, while nothing else has been started. A cluster's nodes
+            # are asked before the first picture is decoded.
+            if len(items) > 1 or joins_a_cluster():
+                cluster = self._connect(stack, items)
             videos = self._plan(items, reporter)
             if not videos:
                 return
             if cluster is None:
-                cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
+                cluster = self._connect(stack, items)
             self.report.ray_start_s = cluster.start_s
-            stack.enter_context(stopping_on_signals())  # again: Ray has put its own handler in the place of ours
             self._job = self._job.model_copy(update={"state": "running"})
             self.area.write_job(self._job)
-            with ProgressBar(sum(plan.frames for plan, _ in videos), quiet=self.quiet) as bar:
+            frames = sum(plan.frames for plan, _ in videos)
+            with ProgressBar(frames, quiet=self.quiet, lines=runs_in_a_job()) as bar:
                 restoring = self._restoring(cluster, reporter, bar)
+                added = []
                 for plan, item in videos:
                     self.area.sweep(plan.run_id, plan.destination)
-                    restoring.add(plan, item)
+                    added.append(restoring.add(plan, item))
+                self._check_room(added, cluster)
                 restoring.run()
+
+    def _connect(self, stack: ExitStack, items: Sequence[Item]) -> Cluster:
+        cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
+        stack.enter_context(stopping_on_signals())  # again: Ray has put its own handler in the place of ours
+        files = [self.model.source] if Path(self.model.source).is_absolute() else []
+        files += [self.choices.truth] if self.choices.truth else []
+        self._scratch = check_nodes(cluster, self.area.place, items, files)
+        return cluster
+
+    def _check_room(self, videos: Sequence[Video], cluster: Cluster) -> None:
+        """Refuse to begin what will not fit; say where it is narrow."""
+        rows = pool_size(self.settings, cluster, sum(len(video.open) for video in videos)).actors * self.settings.slots
+        root = self.selection.root
+        room = room_needed(
+            [video.plan for video in videos],
+            rows=rows,
+            assemblies=_assemblies(cluster),
+            finished={video.plan.run_id: video.finished for video in videos},
+            keep=self.keep,
+            remote=not storage_for(root).is_local,
+        )
+        for warning in check_room(room, join(root, "probe") if self.selection.is_folder else root, self._scratch):
+            self.report.warnings.append(warning)
+            print(f"upriver: {warning}", file=sys.stderr)
 
     def _plan(self, items: Sequence[Item], reporter: Reporter) -> list[tuple[VideoPlan, Item]]:
         planned = []
@@ -217,6 +255,8 @@ class RestoreRun:
             plan = self.area.plan(run) if run in there else None
             if plan is not None:
                 kept.add(run)
+            elif self.made is not None:
+                plan = self.made.find(item, run)
             return plan
 
         for made in plan_all(items, self.options, self.model.sha256, known):
@@ -243,10 +283,12 @@ class RestoreRun:
                 flow=settings.flow,
                 threads=size.threads_each,
                 max_pixels=settings.max_pixels,
-                version=version("upriver"),
+                version=code_fingerprint(),
                 slots=settings.slots,
                 stall_s=settings.stall_seconds,
                 memory_gb=settings.memory_gb,
+                model_sha256=self.model.sha256,
+                exact=settings.exact,
             )
 
         return Restoring(
@@ -254,13 +296,13 @@ class RestoreRun:
             ledger=self._ledger,
             tally=self._tally,
             choices=self.choices,
-            size_for=lambda rows: pool_size(settings, cluster, rows),
+            size_for=lambda rows: pool_size(settings, cluster.now(), rows),
             engine_for=engine_for,
             on_finished=self._complete,
             on_given_up=self._give_up,
             is_cancelled=lambda: reporter.cancelled,
             show=lambda name: bar.show(name, self._tally.frames_shown),
-            assemblies=2 * cluster.nodes,
+            assemblies=_assemblies(cluster),
         )
 
     def _refuse(self, item: Item, failure: Failure) -> None:
@@ -345,3 +387,8 @@ class RestoreRun:
             versions=component_versions(),
             finished_at=timestamp(),
         )
+
+
+def _assemblies(cluster: Cluster) -> int:
+    """How many videos are put together at a time."""
+    return 2 * cluster.nodes

@@ -38,6 +38,7 @@ class Video:
         rows: one per shot. open: numbers of the shots that are not finished.
         attempts: failed ones by shot; None is the video as a whole.
         given_up: it failed for the last time.
+        finished: frames that were there when it was taken on.
     """
 
     item: Item
@@ -46,6 +47,7 @@ class Video:
     open: set[int] = field(default_factory=set)
     attempts: dict[int | None, int] = field(default_factory=dict)
     given_up: bool = False
+    finished: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ class Restoring:
         self._videos: dict[str, Video] = {}
         self._to_assemble: list[Video] = []
         self._assembling: dict[Any, tuple[Video, float]] = {}
+        self._hosts: dict[str, str] = {}  # where each row was last seen
         self._not_before = 0.0  # the next round, on the monotonic clock
 
     def add(self, plan: VideoPlan, item: Item) -> Video:
@@ -101,6 +104,7 @@ class Restoring:
         rows = rows_of(plan, self._area.segments(plan.run_id), self._area.states(plan.run_id))
         video = Video(item, plan, {row["shot"]: row for row in rows})
         video.open = {shot.number for shot in plan.shots if finished[shot.number] < shot.frames}
+        video.finished = sum(finished.values())
         video.attempts = self._ledger.attempts(plan.run_id)
         self._videos[plan.run_id] = video
         self._tally.plan(plan.name, plan.frames, finished)
@@ -159,6 +163,8 @@ class Restoring:
             return
         video, shot, kind = self._videos[row["video_id"]], row["shot"], record["kind"]
         details = json.loads(record["details"])
+        if kind == "started":
+            self._hosts[record["row_id"]] = str(details["host"])
         if kind in ("progress", "segment", "done"):
             restored = not details.get("replayed", False)
             self._tally.advance(video.plan.name, shot, record["frames"], restored=restored)
@@ -194,7 +200,7 @@ class Restoring:
                 message=f"The worker that restored {where} died.",
                 remedy="It may have lacked memory: try fewer --actors, --dtype bf16, or a smaller source.",
             )
-        self._failed(video, row["shot"], failure)
+        self._failed(video, row["shot"], failure, host=self._hosts.get(row["row_id"]))
 
     def _failed(
         self, video: Video, shot: int | None, failure: Failure, *, seconds: float = 0.0, host: str | None = None
@@ -231,7 +237,8 @@ class Restoring:
             while self._to_assemble and len(self._assembling) < self._assemblies:
                 video = self._to_assemble.pop(0)
                 # Beside actors that reserve every processor there would never be one for it: hence none is asked for.
-                task = ray.remote(num_cpus=0, max_retries=0)(attempt)
+                # By default Ray would put all such tasks on this node, with all their unfinished files.
+                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(attempt)
                 self._assembling[task.remote(self._assembly(video))] = (video, time.monotonic())
         if self._assembling:
             ready, _ = ray.wait(list(self._assembling), timeout=pause_s)
