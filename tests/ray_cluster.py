@@ -91,10 +91,16 @@ class RayCluster:
 
     def python(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a program there."""
-        known = {"RAY_API_SERVER_ADDRESS": self.job_server, **environment}
-        with self._started([sys.executable, *arguments], known) as process:
+        with self.running_away(*arguments, **environment) as process:
             stdout, stderr = process.communicate(timeout=500)
         return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+    @contextmanager
+    def running_away(self, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+        """Run a program there while the caller does other things; it is killed if it still runs at the end."""
+        known = {"RAY_API_SERVER_ADDRESS": self.job_server, **environment}
+        with self._started([sys.executable, *arguments], known) as process:
+            yield process
 
     @contextmanager
     def _started(self, command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
@@ -146,7 +152,7 @@ _RAY_START = [
 
 
 @contextmanager
-def ray_cluster(folder: Path, *, cpus: int = 1, job_server: bool = False) -> Iterator[RayCluster]:
+def ray_cluster(folder: Path, *, cpus: int = 1, job_server: bool = False, **variables: str) -> Iterator[RayCluster]:
     """Start a head with `cpus`, on ports of its own and in a folder of its own, so that other clusters do not matter.
 
     Users must show a token. A node that does not answer for three seconds is dead.
@@ -154,6 +160,7 @@ def ray_cluster(folder: Path, *, cpus: int = 1, job_server: bool = False) -> Ite
     Args:
         folder: empty; for logs, and for what is shared.
         job_server: commands can be submitted.
+        variables: of the environment of all nodes, and of who uses the cluster.
     """
     gcs, dashboard, agent, metrics = free_ports(4)
     environment = {
@@ -165,6 +172,7 @@ def ray_cluster(folder: Path, *, cpus: int = 1, job_server: bool = False) -> Ite
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_failure_threshold": "3",
+        **variables,
     }
     command = [
         *_RAY_START, "--head", f"--port={gcs}", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}",

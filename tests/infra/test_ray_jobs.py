@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,19 @@ import pytest
 from infra.errors import ClusterError
 from infra.own_code import PACKAGES, code_environment
 from infra.ray_jobs import JobServer
-from tests.object_stores import free_ports
+from infra.storage import storage_for
+from tests.films import make_film
+from tests.object_stores import SeaweedFS, free_ports
+from tests.random_model import save_random_model
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.video_files import make_video_files
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """A head node with a job server."""
-    with ray_cluster(tmp_path_factory.mktemp("ray"), cpus=2, job_server=True) as made:
+def cluster(tmp_path_factory: pytest.TempPathFactory, seaweedfs: SeaweedFS) -> Iterator[RayCluster]:
+    """A head node with a job server, whose processes have the keys of an object store."""
+    folder = tmp_path_factory.mktemp("ray")
+    with ray_cluster(folder, cpus=2, job_server=True, **seaweedfs.environment()) as made:
         yield made
 
 
@@ -52,6 +57,31 @@ def test_a_job_restores_and_ends_as_the_command_would(cluster: RayCluster, tmp_p
     assert (tmp_path / "out.mp4").stat().st_size > 0 and "job upriver-" in done.stderr
     missing = cluster.away("submit", "restore", "--shared-files", "/nowhere/a.mp4", str(tmp_path / "b.mp4"))
     assert missing.returncode == 5 and "/nowhere/a.mp4 does not exist" in missing.stdout
+
+
+@pytest.mark.slow
+def test_who_submitted_a_job_sees_how_far_it_is_and_so_does_everybody_else(
+    cluster: RayCluster, tmp_path: Path, s3_bucket: str
+) -> None:
+    film = make_film(tmp_path / "film.mp4", (30, 40, 30))
+    storage_for(s3_bucket).publish(film, f"{s3_bucket}/film.mp4")
+    for file in save_random_model(tmp_path / "model").rglob("*"):
+        if file.is_file():
+            storage_for(s3_bucket).publish(file, f"{s3_bucket}/model/{file.relative_to(tmp_path / 'model')}")
+    places = (f"{s3_bucket}/film.mp4", f"{s3_bucket}/out.mp4")
+    options = ("--model", f"{s3_bucket}/model", "--preset", "ultrafast", "--segment-seconds", "0.4")
+    with cluster.running_away("-m", "jobs.cli", "submit", "restore", *places, *options, "--wait") as job:
+        seen = {"state": "", "frames_done": 0}
+        while job.poll() is None and not (seen["state"] == "running" and seen["frames_done"]):
+            status = cluster.away("status", places[1], "--json")
+            told = json.loads(status.stdout)["jobs"] if status.returncode == 0 else []
+            seen = told[0] if told else seen
+        stdout, stderr = job.communicate(timeout=500)
+    assert job.returncode == 0, stdout + stderr
+    assert seen["state"] == "running" and 0 < seen["frames_done"] <= 100
+    assert re.search(r"^\d+ of 100 frames \(\d+ %\).*; film\.mp4$", stdout, re.M), stdout
+    finished = cluster.away("status", places[1])
+    assert finished.returncode == 0 and "finished" in finished.stdout
 
 
 @pytest.mark.slow
