@@ -16,6 +16,7 @@ from actors.errors import ActorsError, describe_failure
 from infra.own_code import code_fingerprint
 from infra.storage import join, parent, storage_for
 
+VERSION_REMEDY = "Install one version on every node, or let the code travel: `upriver submit`, or RAY_ADDRESS."
 _REMEDY = "Use a path on storage that all nodes share, or an object store."
 
 
@@ -82,7 +83,7 @@ def require_code(fingerprint: str) -> None:
         raise ActorsError(
             f"{_here()} runs another Upriver (code {here}) than the machine that started the job (code {fingerprint}).",
             code="worker-version",
-            remedy="Install one version on every node, or let the code travel: `upriver submit`, or RAY_ADDRESS.",
+            remedy=VERSION_REMEDY,
         )
 
 

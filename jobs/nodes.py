@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.errors import Failure, FailureClass
-from actors.node import World, look_at_node
+from actors.node import VERSION_REMEDY, World, look_at_node
 from infra.cluster import Cluster, NodeAnswer, ask_every_node
-from infra.own_code import code_fingerprint
+from infra.own_code import PACKAGES, code_fingerprint
 from infra.storage import join, storage_for
 from jobs.errors import TaskError
 from jobs.sources import Item
@@ -93,6 +93,13 @@ def _failure(answer: NodeAnswer) -> Failure | None:
     if answer.error is None:
         failure: Failure | None = answer.value["failure"]
         return failure
+    if any(f"No module named '{name}" in answer.error for name in PACKAGES):
+        return Failure(
+            failure_class=FailureClass.OPTIONS,
+            code="worker-version",
+            message=f"The node at {answer.address} has no Upriver, or an older one: {answer.error}.",
+            remedy=VERSION_REMEDY,
+        )
     return Failure(
         failure_class=FailureClass.OPTIONS,
         code="worker-unusable",

@@ -82,14 +82,14 @@ def run(tmp_path: Path, sources: Path) -> Run:
     def restore(size_bytes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [
             sys.executable, "-m", "jobs.cli", "restore", *arguments, "--model", str(sources / "model"),
-            "--steps", "1", "--preset", "ultrafast", "--segment-seconds", "1", "--json",
+            "--steps", "1", "--preset", "ultrafast", "--segment-seconds", "2", "--json",
         ]  # fmt: skip
         script = (
             f'mount -t tmpfs -o size={size_bytes} tmpfs {small}; "$@"; code=$?; find {small} -type f >&2; exit $code'
         )
         return subprocess.run(
             ["unshare", "--mount", "sh", "-c", script, "sh", *command],
-            env={**os.environ, **environment},
+            env={**os.environ, "RAY_TMPDIR": "/tmp", **environment},
             capture_output=True,
             text=True,
             timeout=300,
