@@ -48,6 +48,18 @@ class SourceChanged(ActorsError):
     failure_class = FailureClass.SOURCE
 
 
+class ModelChanged(ActorsError):
+    """The model is not the one that the job was planned with."""
+
+    failure_class = FailureClass.MODEL
+
+
+class TilesFixed(ActorsError):
+    """Memory ran out, and an exact run must not go on in smaller tiles than it began with."""
+
+    failure_class = FailureClass.OUT_OF_MEMORY
+
+
 class RowTaken(ActorsError):
     """Another worker restores the same row and was faster: this one must stop."""
 

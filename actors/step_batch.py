@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from actors.errors import FailureClass, failure_class
+from actors.errors import FailureClass, TilesFixed, failure_class
+from pipeline.errors import MemoryLimitError
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -47,13 +48,22 @@ class StepBatch:
     """The model as several threads use it. `sizes` counts the batches by how many streams each had.
 
     When memory runs out, a batch is halved, and no later one is larger than what then went through; a single stream is
-    tried again in smaller tiles.
+    tried again in smaller tiles. With `fixed_tiles` it is not: other tiles are other pixels, and which frame memory
+    runs out at is chance.
     """
 
-    def __init__(self, pipe: Engine, *, largest: int, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        pipe: Engine,
+        *,
+        largest: int,
+        fixed_tiles: bool = False,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self.sizes: dict[int, int] = {}
         self._pipe = pipe
         self._largest = largest
+        self._fixed_tiles = fixed_tiles
         self._patience_s = patience_s
         self._changed = threading.Condition()
         self._waiting: list[_Request] = []
@@ -123,16 +133,29 @@ class StepBatch:
                 self._run(batch[:half])
                 self._run(batch[half:])
                 return
-            if failure_class(error) is FailureClass.OUT_OF_MEMORY and self._pipe.halve_tiles():
-                logger.warning("memory ran out; the next attempt uses smaller tiles: %s", self._pipe.tiling)
-                self._run(batch)
-                return
+            if failure_class(error) is FailureClass.OUT_OF_MEMORY and not isinstance(error, MemoryLimitError):
+                if self._fixed_tiles:
+                    error = _fixed(error)
+                elif self._pipe.halve_tiles():
+                    logger.warning("memory ran out; the next attempt uses smaller tiles: %s", self._pipe.tiling)
+                    self._run(batch)
+                    return
             for one in batch:
                 one.error = error
             return
         self.sizes[len(batch)] = self.sizes.get(len(batch), 0) + 1
         for one, output_3HW in zip(batch, output_B3HW, strict=True):
             one.output_13HW = output_3HW[None]
+
+
+def _fixed(error: BaseException) -> TilesFixed:
+    told = TilesFixed(
+        "Memory ran out, and --exact does not change tiles on the way.",
+        code="out-of-memory-exact",
+        remedy="Give a smaller --memory-gb: that makes an exact run in other tiles, from the beginning.",
+    )
+    told.__cause__ = error
+    return told
 
 
 def _outcome(request: _Request) -> Tensor:

@@ -16,15 +16,14 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import version as installed_version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.errors import ActorsError, DecodeMismatch, SourceChanged, describe_failure
+from actors.errors import DecodeMismatch, ModelChanged, SourceChanged, describe_failure
 from actors.hardware import choose_device, choose_dtype
+from actors.node import require_code, require_seen
 from actors.records import Row
 from actors.restoration import Restoration
 from actors.watchdog import Watchdog
@@ -49,8 +48,10 @@ class EngineOptions:
     Attributes:
         slots: rows that are restored side by side, sharing the batches of the model.
         stall_s: the longest time that a row may stand still, in seconds.
+        exact: tiles are those that `memory_gb` asks for and no others, whatever happens.
         memory_gb: what the worker (on a GPU: its allocations there) may need, in 10^9 bytes; None: no limit.
-        version: of Upriver where the job was started.
+        version: of the code where the job was started, `infra.own_code.code_fingerprint`.
+        model_sha256: of the model that the job was planned with; None accepts any.
     """
 
     model: str
@@ -63,6 +64,8 @@ class EngineOptions:
     slots: int = 1
     stall_s: float = 1800.0
     memory_gb: float | None = None
+    model_sha256: str | None = None
+    exact: bool = False
 
 
 class Upscaler:
@@ -120,35 +123,29 @@ class Upscaler:
 
                 began = time.perf_counter()
                 device = choose_device(self._options.device)
-                self._pipe = open_engine(
+                pipe = open_engine(
                     local_model(self._options.model),
                     torch_dtype=choose_dtype(self._options.dtype, device),
                     device=device,
                     flow=None if self._options.flow == "auto" else self._options.flow,  # type: ignore[arg-type]
                     max_pixels=self._options.max_pixels,
                 )
+                require_model(pipe.model_sha256, self._options.model_sha256, self._options.model)
                 if self._options.memory_gb is not None:
-                    self._pipe.memory_limit_bytes = int(self._options.memory_gb * 1e9)
-                self._batch = StepBatch(self._pipe, largest=self._options.slots)
+                    pipe.memory_limit_bytes = int(self._options.memory_gb * 1e9)
+                self._pipe = pipe
+                self._batch = StepBatch(pipe, largest=self._options.slots, fixed_tiles=self._options.exact)
                 self._load_s = time.perf_counter() - began
             return self._pipe, self._batch
 
     def _require_same_world(self, row: Row) -> None:
-        """Raise ActorsError where this worker runs another Upriver than the driver, or does not see its files."""
-        here = installed_version("upriver")
-        if here != self._options.version:
-            raise ActorsError(
-                f"The worker on {platform.node()} has Upriver {here}, the job was started by {self._options.version}.",
-                code="worker-version",
-                remedy="Install one version on every node.",
-            )
+        """Raise ActorsError where this worker runs another Upriver than the driver, or does not see its files.
+
+        Every node was asked for this when the job began; this is for nodes that came later, and for what changes.
+        """
+        require_code(self._options.version)
         for place in (row["source"], parent(row["segments"])):
-            if storage_for(place).is_local and not Path(place.removeprefix("file://")).exists():
-                raise ActorsError(
-                    f"The worker on {platform.node()} does not see {place}.",
-                    code="worker-sees-no-file",
-                    remedy="Use a path on storage that all nodes share, or an object store.",
-                )
+            require_seen(place)
         require_version(row["source"], row["source_version"], row["name"])
 
     def _restore(self, row: Row) -> Iterator[Batch]:
@@ -193,6 +190,16 @@ class Upscaler:
             elif time.perf_counter() - told >= RECORD_INTERVAL_S:
                 told = time.perf_counter()
                 yield _record(row, "progress", advance.frames, {})
+
+
+def require_model(found: str, planned: str | None, source: str) -> None:
+    """Raise ModelChanged unless the model that was loaded is the one that the job was planned with."""
+    if planned is not None and found != planned:
+        raise ModelChanged(
+            f"The worker on {platform.node()} found another model at {source} than the job was planned with.",
+            code="model-changed",
+            remedy="Run the command again, for a job with the new model, or put the old one back.",
+        )
 
 
 def require_version(source: str, version: str, name: str) -> None:

@@ -11,14 +11,17 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from infra.errors import ClusterError
-from infra.ray_jobs import code_environment, runs_in_a_job
+from infra.own_code import code_environment
+from infra.ray_jobs import runs_in_a_job
 
 CONNECT_TIMEOUT_S = 10.0
+NODE_TIMEOUT_S = 300.0  # a node's first task waits for the code to arrive and for a worker to start
 OBJECT_STORE_BYTES = 256 << 20  # only plans and progress records travel through it
 
 
@@ -32,6 +35,15 @@ class Cluster:
     cpus: int
     gpus: int
     start_s: float
+
+    def now(self) -> Cluster:
+        """Return what there is now: nodes come and go. As it was where no Ray is connected."""
+        import ray
+
+        if not ray.is_initialized():
+            return self
+        nodes, cpus, gpus = _totals()
+        return replace(self, nodes=nodes, cpus=cpus, gpus=gpus)
 
 
 @contextmanager
@@ -50,24 +62,88 @@ def connected(num_cpus: int, *, quiet: bool = True) -> Iterator[Cluster]:
 
     began = time.perf_counter()
     ours = not ray.is_initialized()
-    address = os.environ.get("RAY_ADDRESS") or "local"
+    address = _address()
     with native_stderr_dropped() if ours and quiet else nullcontext():
         if ours:
             _start(address, num_cpus)
         try:
-            nodes = [node for node in ray.nodes() if node["Alive"]]
-            total = ray.cluster_resources()
+            nodes, cpus, gpus = _totals()
             yield Cluster(
                 address=address,
                 local=address == "local",
-                nodes=len(nodes),
-                cpus=int(total.get("CPU", 0)),
-                gpus=int(total.get("GPU", 0)),
+                nodes=nodes,
+                cpus=cpus,
+                gpus=gpus,
                 start_s=time.perf_counter() - began,
             )
         finally:
             if ours:
                 ray.shutdown()
+
+
+def joins_a_cluster() -> bool:
+    """Whether `connected` will join a cluster that runs already, instead of starting Ray on this machine."""
+    return _address() != "local"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAnswer:
+    """What one node answered. `error` says, in one line, why it answered nothing."""
+
+    address: str
+    value: Any = None
+    error: str | None = None
+
+
+def ask_every_node(work: Callable[..., Any], *arguments: object) -> list[NodeAnswer]:
+    """Call `work(*arguments)` once on every node of the connected Ray, all at a time; nodes that die are left out."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(work)
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            *arguments
+        ): node
+        for node in _alive_nodes()
+    }
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_TIMEOUT_S)
+    answers = []
+    for reference in ready:
+        address = str(asked[reference]["NodeManagerAddress"])
+        try:
+            answers.append(NodeAnswer(address, ray.get(reference)))
+        except ray.exceptions.RayError as error:
+            if asked[reference]["NodeID"] in {node["NodeID"] for node in _alive_nodes()}:
+                answers.append(NodeAnswer(address, error=_last_line(error)))
+    for reference in late:
+        ray.cancel(reference, force=True)
+        said = f"it has not answered for {NODE_TIMEOUT_S:.0f} s"
+        answers.append(NodeAnswer(str(asked[reference]["NodeManagerAddress"]), error=said))
+    return sorted(answers, key=lambda answer: answer.address)
+
+
+def _address() -> str:
+    return os.environ.get("RAY_ADDRESS") or "local"
+
+
+def _alive_nodes() -> Sequence[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _totals() -> tuple[int, int, int]:
+    """Nodes, CPUs and GPUs."""
+    import ray
+
+    total = ray.cluster_resources()
+    return len(_alive_nodes()), int(total.get("CPU", 0)), int(total.get("GPU", 0))
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
 def _start(address: str, num_cpus: int) -> None:
@@ -93,8 +169,16 @@ def _start(address: str, num_cpus: int) -> None:
         raise ClusterError(
             f"Ray at {address} cannot be used: {reason}.",
             code="ray-unavailable",
-            remedy="Correct or unset RAY_ADDRESS." if address != "local" else "Check free memory and disk space.",
+            remedy=_remedy(address, error),
         ) from error
+
+
+def _remedy(address: str, error: Exception) -> str:
+    if address == "local":
+        return "Check free memory and disk space."
+    if type(error) is ConnectionError:  # somebody listens, and Ray does not say in it why it was not let in
+        return "If the cluster wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; else correct RAY_ADDRESS."
+    return "Correct or unset RAY_ADDRESS."
 
 
 def _knock(address: str) -> None:

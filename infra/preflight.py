@@ -32,15 +32,25 @@ def check_space(place: str, needed_bytes: int) -> list[str]:
     free_bytes = storage.free_bytes(place)
     if free_bytes is None:
         return []
+    remedy = "Free some space, choose another destination, or restore fewer videos with --limit."
+    return check_free(place, needed_bytes, free_bytes, remedy=remedy)
+
+
+def check_free(where: str, needed_bytes: int, free_bytes: int, *, remedy: str) -> list[str]:
+    """Check that `needed_bytes` go into `free_bytes`; `where` names the place for people. Return warnings.
+
+    Raises:
+        StorageError: they do not (`storage-full`).
+    """
     if free_bytes < needed_bytes:
         raise StorageError(
-            f"About {in_words(needed_bytes)} will be written to {place}, but only {in_words(free_bytes)} are free.",
+            f"About {in_words(needed_bytes)} will be written to {where}, but only {in_words(free_bytes)} are free.",
             code="storage-full",
-            remedy="Free some space, choose another destination, or restore fewer videos with --limit.",
+            remedy=remedy,
         )
     if free_bytes < NARROW * needed_bytes:
         return [
-            f"About {in_words(needed_bytes)} will be written to {place}, where {in_words(free_bytes)} are free: "
+            f"About {in_words(needed_bytes)} will be written to {where}, where {in_words(free_bytes)} are free: "
             "the estimate may be too low."
         ]
     return []

@@ -8,7 +8,6 @@ Secrets do not travel: an environment that is sent along can be read by everybod
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import os
 import shlex
@@ -16,18 +15,15 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from infra.errors import ClusterError
+from infra.own_code import code_environment
 
-PACKAGES = ("pipeline", "actors", "jobs", "infra")
 STOP_GRACE_S = 60  # between asking a job to stop and killing it; Ray's own choice is 3
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 # What differs between machines and is no secret. Keys come from the nodes: a role, a mounted file, their environment.
 TRAVELS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE")
-_EXCLUDED = ["**/__pycache__"]
 _TALKATIVE = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -43,15 +39,6 @@ class JobInfo:
     state: str
     exit_code: int | None
     command: str
-
-
-def code_environment() -> dict[str, Any]:
-    """Return the part of a Ray runtime environment that takes this process's Upriver to every node."""
-    folders = []
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        folders += list(spec.submodule_search_locations or []) if spec else []
-    return {"py_modules": [str(Path(folder)) for folder in folders], "excludes": _EXCLUDED}
 
 
 class JobServer:

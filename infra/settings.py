@@ -99,6 +99,10 @@ class Settings(BaseSettings):
         ladder_heights(value)
         return value
 
+    def in_effect(self) -> Settings:
+        """Return the settings as they are used: `exact` decides what would change bits, whatever else is said."""
+        return self.model_copy(update={"dtype": "fp32", "threads": 1, "slots": 1}) if self.exact else self
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -120,6 +120,11 @@ def parent(place: str) -> str:
     return f"{scheme}://{rest.rpartition('/')[0] or rest}"
 
 
+def whole_path(place: str) -> str:
+    """Return a place that means the same in every folder of this machine: a relative path becomes a whole one."""
+    return place if "://" in place else os.path.abspath(place)
+
+
 def video_source(place: str) -> Path | RemoteFile:
     """Return what a video at `place` is read through: its path, or a handle for an object store.
 

@@ -235,6 +235,14 @@ def restore(
             help="Print what would be done and what it would cost; write nothing.",
         ),
     ] = False,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Use the plans of this file; --plan-only writes it.",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="Take only so many videos.", show_default=False),
@@ -274,18 +282,12 @@ def restore(
         "exact": exact, "slots": slots, "memory_gb": memory_gb, "min_actors": min_actors,
         "fragmented": fragmented, "framemd5": framemd5, "hls": hls,
     }  # fmt: skip
-    if plan_only:
-        from jobs.estimate import plan_only_command
-
-        return plan_only_command(
-            src, dst, flags=flags, config=config, limit=limit, shuffle=shuffle, priority=priority or [],
-            seconds_per_megapixel=seconds_per_megapixel, as_json=as_json,
-        )  # fmt: skip
     status = restore_command(
         src, dst, flags=flags, config=config, compare=compare, truth=truth, overwrite=overwrite, as_json=as_json,
         keep=keep, retry_failed=retry_failed, limit=limit, shuffle=shuffle, priority=priority or [],
+        plan_only=plan_only, plan_file=plan, seconds_per_megapixel=seconds_per_megapixel,
     )  # fmt: skip
-    if page is not None:
+    if page is not None and not plan_only:
         from jobs.report import write_report
 
         write_report(dst, page)

@@ -1,4 +1,4 @@
-"""What a plan will cost: GPU hours, wall time, storage, and what each figure rests on. `upriver restore --plan-only`.
+"""What a plan will cost: GPU hours, wall time, storage, and what each figure rests on.
 
 The model's time is proportional to the source's pixels, so that one figure is enough: seconds per frame of a megapixel.
 It comes from what was typed, else from manifests of earlier runs at the destination, else from a stored measurement.
@@ -8,37 +8,22 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from actors.hardware import usable_cores
-from infra.cluster import connected
 from infra.errors import InfraError
-from infra.preflight import in_words
-from infra.settings import Settings, load_settings
+from infra.settings import Settings
 from infra.storage import storage_for
-from jobs.errors import ExitCode
-from jobs.forecast import duration
 from jobs.manifest import MANIFEST_SUFFIX
-from jobs.model import resolve_model
-from jobs.plan import Planned, plan_all, plan_options
 from jobs.records import VideoPlan
+from jobs.room import Room
 from jobs.simulation import predict_makespan
-from jobs.sources import select
 
 # Seconds per frame and megapixel of the source by device: benchmarks/speed-2026-11-23-2-core-cpu.md.
 _STORED = {"cpu": (30.7, "a measurement with the built-in model on two CPU cores, four steps")}
 _STORED_STEPS = 4
-# Bits per pixel of the result at the default quality; between 0.15 and 0.8 for soft and busy films where it is 0.4.
-_BITS_PER_PIXEL = {"h264": 0.4, "hevc": 0.3, "av1": 0.3, "vp9": 0.4, "ffv1": 8.0, "prores": 4.0}
 _MANIFESTS = 200  # read at most
-_STATE_BYTES_PER_PIXEL = (3 * 16 + 3) * 4  # previous output and input as float32, per pixel of the source
 _HOUR = 3600.0
 
 
@@ -55,27 +40,39 @@ class Estimate:
     """A job as a whole. Times are None where no figure of the hardware is known.
 
     Attributes:
+        videos: to be restored. finished: before, which are not counted in what follows.
+        frames_finished: of the frames, those in segments of an earlier run.
         hours: of film. gpu_hours: of all workers together; hours of a core's worth of workers where there is no GPU.
         wall_hours: with `actors` workers, longest shot first, if nothing fails.
         tasks: shots that are whole, and parts of those that are split. warm_up_frames: of all parts; restored besides
             `frames`, and counted in the times.
         result_bytes, work_bytes: of all results, and what segments and states take at most beside them.
+        scratch_bytes: in a node's temporary folder, where the destination is in an object store.
     """
 
     videos: int
     failures: int
+    finished: int
     shots: int
     tasks: int
     frames: int
     warm_up_frames: int
+    frames_finished: int
     hours: float
     actors: int
+    on_gpu: bool
     gpu_hours: float | None
     wall_hours: float | None
     result_bytes: int
     work_bytes: int
+    scratch_bytes: int
     free_bytes: int | None
     rests_on: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for it at the destination, as far as is known."""
+        return self.free_bytes is None or self.result_bytes + self.work_bytes <= self.free_bytes
 
 
 def known_cost(root: str, settings: Settings, model_sha256: str, given: float | None = None) -> Cost:
@@ -102,24 +99,43 @@ def known_cost(root: str, settings: Settings, model_sha256: str, given: float | 
     return Cost(scaled, source)
 
 
-def estimate(plans: Sequence[VideoPlan], failures: int, cost: Cost, *, actors: int, free_bytes: int | None) -> Estimate:
-    """Add up plans."""
-    seconds = None if cost.seconds_per_megapixel is None else list(row_seconds(plans, cost.seconds_per_megapixel))
-    results = sum(result_bytes(plan) for plan in plans)
-    states = max((plan.width * plan.height * _STATE_BYTES_PER_PIXEL for plan in plans), default=0)
+def estimate(
+    plans: Sequence[VideoPlan],
+    failures: int,
+    cost: Cost,
+    *,
+    actors: int,
+    free_bytes: int | None,
+    room: Room,
+    on_gpu: bool = False,
+    finished: int = 0,
+    frames_finished: int = 0,
+) -> Estimate:
+    """Add up plans, and put beside them what is known: the room they take, and what was finished before.
+
+    What is finished of a video that is not is spread over its shots alike: close enough for an estimate.
+    """
+    seconds = None
+    if cost.seconds_per_megapixel is not None:
+        left = 1 - frames_finished / max(1, sum(plan.frames for plan in plans))
+        seconds = [one * left for one in row_seconds(plans, cost.seconds_per_megapixel)]
     return Estimate(
         videos=len(plans),
         failures=failures,
+        finished=finished,
         shots=sum(shots_in(plan) for plan in plans),
         tasks=sum(len(plan.shots) for plan in plans),
         frames=sum(plan.frames for plan in plans),
         warm_up_frames=sum(shot.warm_up for plan in plans for shot in plan.shots),
+        frames_finished=frames_finished,
         hours=sum(plan.duration_s for plan in plans) / _HOUR,
         actors=actors,
+        on_gpu=on_gpu,
         gpu_hours=None if seconds is None else sum(seconds) / _HOUR,
         wall_hours=None if seconds is None else predict_makespan(seconds, actors) / _HOUR,
-        result_bytes=results,
-        work_bytes=results + states * actors,
+        result_bytes=room.results,
+        work_bytes=room.work,
+        scratch_bytes=room.scratch,
         free_bytes=free_bytes,
         rests_on=cost.rests_on,
     )
@@ -135,103 +151,6 @@ def row_seconds(plans: Iterable[VideoPlan], seconds_per_megapixel: float) -> Ite
 def shots_in(plan: VideoPlan) -> int:
     """Return how many shots a video has, each once however many parts it is restored in."""
     return sum(not shot.continues for shot in plan.shots)
-
-
-def result_bytes(plan: VideoPlan) -> int:
-    """Return roughly how large a result will be; a codec that is not named is counted as H.264."""
-    bits = _BITS_PER_PIXEL[plan.options["codec"] or "h264"]
-    return int(plan.frames * plan.out_width * plan.out_height * bits / 8)
-
-
-def plan_only_command(
-    src: str,
-    dst: str,
-    *,
-    flags: Mapping[str, object],
-    config: Path | None,
-    limit: int | None,
-    shuffle: int | None,
-    priority: Sequence[str],
-    seconds_per_megapixel: float | None,
-    as_json: bool,
-) -> int:
-    """Run `upriver restore --plan-only` and return its exit status; nothing is written.
-
-    Raises:
-        JobsError, InfraError, PipelineError: nothing can be planned; the message says why.
-    """
-    settings = load_settings(flags, config).values
-    selection = select(src, dst, limit=limit, shuffle=shuffle, priority=priority)
-    model = resolve_model(settings.model)
-    planned: list[Planned]
-    if len(selection.items) == 1:
-        planned = list(plan_all(selection.items, plan_options(settings), model.sha256))
-    else:
-        with connected(num_cpus=usable_cores()):
-            planned = list(plan_all(selection.items, plan_options(settings), model.sha256))
-    plans = sorted((one.plan for one in planned if one.plan is not None), key=lambda plan: (-plan.priority, plan.name))
-    cost = known_cost(selection.root, settings, model.sha256, seconds_per_megapixel)
-    free = storage_for(selection.root).free_bytes(selection.root)
-    failed = [one for one in planned if one.failure is not None]
-    total = estimate(plans, len(failed), cost, actors=settings.actors or 1, free_bytes=free)
-    if as_json:
-        failures = [{"name": one.item.name, **(one.failure or {})} for one in failed]
-        document = {
-            "estimate": asdict(total),
-            "seconds_per_megapixel": cost.seconds_per_megapixel,
-            "videos": [plan.model_dump() for plan in plans],
-            "failures": failures,
-        }
-        print(json.dumps(document, indent=2))
-    else:
-        _print(plans, failed, total, cost)
-    if not plans:
-        return int(ExitCode.NO_INPUT)
-    return int(ExitCode.FAILURES if failed else ExitCode.DONE)
-
-
-def _print(plans: Sequence[VideoPlan], failed: Sequence[Planned], total: Estimate, cost: Cost) -> None:
-    table = Table(box=None, pad_edge=False)
-    parts = ["parts"] if total.tasks > total.shots else []
-    for column in ("video", "size", "frames", "shots", *parts, "film", "one worker", "result"):
-        table.add_column(column, justify="left" if column in ("video", "size") else "right", no_wrap=True)
-    for plan in plans:
-        seconds = None
-        if cost.seconds_per_megapixel is not None:
-            seconds = sum(row_seconds([plan], cost.seconds_per_megapixel))
-        table.add_row(
-            plan.name,
-            f"{plan.width}x{plan.height} -> {plan.out_width}x{plan.out_height}",
-            str(plan.frames),
-            str(shots_in(plan)),
-            *([str(len(plan.shots))] if total.tasks > total.shots else []),
-            duration(plan.duration_s),
-            "?" if seconds is None else duration(seconds),
-            in_words(result_bytes(plan)),
-        )
-    console = Console(width=max(Console().width, 120))
-    console.print(table)
-    for one in failed:
-        print(f"{one.item.name}: {one.failure['message'] if one.failure else ''}", file=sys.stderr)
-    film = duration(total.hours * _HOUR)
-    print(f"\nVideos: {total.videos}; shots: {total.shots}; frames: {total.frames}; film: {film}")
-    if total.tasks > total.shots:
-        share = total.warm_up_frames / total.frames
-        print(f"Split into {total.tasks} parts: {total.warm_up_frames} frames of warm-up besides, {share:.2%} more")
-    if total.failures:
-        print(f"Videos that cannot be planned: {total.failures}")
-    if total.gpu_hours is None or total.wall_hours is None:
-        print(f"Expected time: unknown. It rests on {total.rests_on}.")
-    else:
-        print(
-            f"Expected: {duration(total.gpu_hours * _HOUR)} of one worker, {duration(total.wall_hours * _HOUR)} with "
-            f"{total.actors}; this rests on {total.rests_on}"
-        )
-    free = "" if total.free_bytes is None else f", {in_words(total.free_bytes)} are free"
-    results, work = in_words(total.result_bytes), in_words(total.work_bytes)
-    print(f"Storage: about {results} of results, at most {work} beside them{free}")
-    if total.free_bytes is not None and total.result_bytes + total.work_bytes > total.free_bytes:
-        print("That does not fit.", file=sys.stderr)
 
 
 def _measured(root: str, settings: Settings, model_sha256: str) -> Iterable[float]:

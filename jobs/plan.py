@@ -64,7 +64,7 @@ class PlanOptions:
 
 
 def plan_options(settings: Settings) -> PlanOptions:
-    """Return what the settings say of plans.
+    """Return what the settings, as they are in effect, say of plans.
 
     Raises:
         UsageError: parts of shots would be shorter than a segment.
@@ -75,6 +75,7 @@ def plan_options(settings: Settings) -> PlanOptions:
             code="option-conflict",
             remedy="Parts are whole segments: raise --split-seconds, or lower --segment-seconds as well.",
         )
+    settings = settings.in_effect()
     row = RowOptions(
         steps=settings.steps,
         scale=settings.scale,
@@ -89,7 +90,7 @@ def plan_options(settings: Settings) -> PlanOptions:
     return PlanOptions(
         row=row,
         seed=settings.seed,
-        numerics=f"{settings.dtype}/{settings.flow}",
+        numerics=_numerics(settings),
         segment_seconds=settings.segment_seconds,
         deinterlace=settings.deinterlace,
         cuts=settings.cuts,
@@ -97,6 +98,15 @@ def plan_options(settings: Settings) -> PlanOptions:
         split_seconds=settings.split_seconds,
         warm_up_frames=settings.warm_up_frames,
     )
+
+
+def _numerics(settings: Settings) -> str:
+    """What changes pixels beside the options, as far as runs are told apart by it."""
+    named = f"{settings.dtype}/{settings.flow}"
+    if not settings.exact:
+        return named  # whatever the memory: a job must be able to go on where there is less of it
+    tiles = "" if settings.memory_gb is None else f"/{settings.memory_gb:g} GB"
+    return f"{named}/exact{tiles}"
 
 
 def run_id(item: Item, options: PlanOptions, model_sha256: str) -> str:

@@ -1,11 +1,13 @@
 """What a person sees of a restore job: a progress bar with frames, rate and time left, and a table at the end.
 
-Everything goes to stderr, so that `--json` has stdout for itself. Without a terminal there is no bar.
+Everything goes to stderr, so that `--json` has stdout for itself. Without a terminal there is no bar; a job of a
+cluster tells a line now and then instead, which whoever submitted it sees.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,7 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.errors import Failure
+from jobs.forecast import duration
 
+_LINE_S = 10.0  # between two lines
 Status = Literal["restored", "damaged", "skipped", "failed"]
 
 
@@ -44,10 +48,18 @@ class _Rate(ProgressColumn):
 
 
 class ProgressBar:
-    """A bar over all frames of a job, as far as they are planned; a context manager."""
+    """A bar over all frames of a job, as far as they are planned; a context manager.
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    Args:
+        quiet: show nothing.
+        lines: tell lines where there is no terminal.
+    """
+
+    def __init__(self, *, quiet: bool = False, lines: bool = False) -> None:
         console = Console(stderr=True)
+        self._lines = lines and not quiet and not console.is_terminal
+        self._first: tuple[float, int] | None = None  # when, and how many frames were done then
+        self._told = 0.0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -74,6 +86,21 @@ class ProgressBar:
     def show(self, name: str, frames: int, total: int) -> None:
         """Show that `frames` of `total` are done, the last ones of the video `name`."""
         self._progress.update(self._task, description=name, completed=frames, total=total, of=str(total))
+        if self._lines:
+            self._tell(name, frames, total)
+
+    def _tell(self, name: str, frames: int, total: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, frames)
+        elif now - self._told < _LINE_S:
+            return
+        self._told = now
+        began, before = self._first
+        fps = (frames - before) / (now - began) if now > began else 0.0
+        left = f", {fps:.2f} fps, about {duration((total - frames) / fps)} left" if fps > 0 else ""
+        share = f" ({100 * frames / total:.0f} %)" if total else ""
+        print(f"{frames:,} of {total:,} frames{share}{left}; {name}", file=sys.stderr, flush=True)
 
 
 def print_summary(outcomes: Sequence[Outcome]) -> None:

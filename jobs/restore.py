@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -19,13 +20,15 @@ from actors.assemble import is_published, read_draft
 from actors.delivery import Extras, missing, refuse_foreign
 from actors.errors import Failure, describe_failure
 from actors.records import Delivered
+from infra.cluster import joins_a_cluster
 from infra.settings import LoadedSettings, Settings, ladder_heights, load_settings
-from infra.storage import join, storage_for, video_source
+from infra.storage import join, storage_for, video_source, whole_path
 from jobs.delivering import Finished
 from jobs.errors import NoInputError, UsageError
 from jobs.manifest import finished_already, read_manifest
 from jobs.model import ResolvedModel, resolve_model
 from jobs.plan import PlanOptions, plan_options, run_id
+from jobs.plan_file import PlanFile, read_plan_file
 from jobs.pool import stopping_on_signals
 from jobs.progress import Outcome, print_summary
 from jobs.restore_run import Report, RestoreRun
@@ -51,8 +54,11 @@ def restore_command(
     limit: int | None = None,
     shuffle: int | None = None,
     priority: Sequence[str] = (),
+    plan_only: bool = False,
+    plan_file: str | None = None,
+    seconds_per_megapixel: float | None = None,
 ) -> int:
-    """Run `upriver restore` and return its exit status; prints the summary, or JSON.
+    """Run `upriver restore` and return its exit status; prints the summary, or JSON; with `plan_only` the plan.
 
     Raises:
         JobsError, InfraError, ActorsError, PipelineError: nothing could be restored; the message says why.
@@ -72,7 +78,14 @@ def restore_command(
         shuffle=shuffle,
         priority=priority,
         quiet=as_json,
+        plan_file=plan_file,
     )
+    if plan_only:
+        from jobs.plan_only import plan_only_command
+
+        return plan_only_command(
+            job, plan_file=plan_file, seconds_per_megapixel=seconds_per_megapixel, keep=keep, as_json=as_json
+        )
     report = job.run()
     if as_json:
         print(json.dumps(_as_json(report), indent=2))
@@ -107,8 +120,26 @@ def _as_json(report: Report) -> dict[str, Any]:
         "prepare_s": round(report.prepare_s, 3),
         "wall_s": round(report.wall_s, 3),
         "ledger": report.ledger,
+        "warnings": report.warnings,
         "videos": [dataclasses.asdict(outcome) for outcome in report.outcomes],
     }
+
+
+@dataclass(slots=True)
+class Survey:
+    """What a job finds before it plans anything.
+
+    Attributes:
+        pending: to be restored. finished: by an earlier run. refused: before anything is tried.
+        undelivered: finished, but without the extras that are wanted now.
+    """
+
+    model: ResolvedModel
+    area: WorkArea
+    pending: list[Item] = field(default_factory=list)
+    finished: list[Item] = field(default_factory=list)
+    refused: list[tuple[Item, Failure]] = field(default_factory=list)
+    undelivered: list[Finished] = field(default_factory=list)
 
 
 class RestoreJob:
@@ -120,6 +151,10 @@ class RestoreJob:
         keep: leave the work area after success.
         retry_failed: try videos again that an earlier run gave up.
         quiet: without a progress bar.
+        plan_file: a file with plans that were made before.
+
+    Attributes:
+        settings: as they are in effect. options, selection: what plans depend on, and of what they are.
     """
 
     def __init__(
@@ -137,11 +172,15 @@ class RestoreJob:
         shuffle: int | None = None,
         priority: Sequence[str] = (),
         quiet: bool = False,
+        plan_file: str | None = None,
     ) -> None:
+        if joins_a_cluster():  # whose workers run in folders of their own
+            src, dst = whole_path(src), whole_path(dst)
         self._src, self._dst = src, dst
-        self._settings = _exact(settings) if settings.exact else settings
-        self._options = _plan_options(self._settings)
+        self.settings = settings.in_effect()
+        self.options = plan_options(self.settings)
         self._keep, self._retry_failed, self._quiet = keep, retry_failed, quiet
+        self._plan_file = plan_file
         self._choices = Choices(
             overwrite=overwrite,
             compare=compare,
@@ -150,10 +189,10 @@ class RestoreJob:
             max_pixels=settings.max_pixels,
             extras=Extras(framemd5=settings.framemd5, hls=ladder_heights(settings.hls)),
         )
-        self._selection: Selection = select(src, dst, limit=limit, shuffle=shuffle, priority=priority)
+        self.selection: Selection = select(src, dst, limit=limit, shuffle=shuffle, priority=priority)
         self._report = Report()
         if self._choices.extras:
-            _refuse_pictures(self._selection)
+            _refuse_pictures(self.selection)
 
     def run(self) -> Report:
         """Restore all that is not finished yet.
@@ -163,69 +202,88 @@ class RestoreJob:
             Interrupted: a signal came or somebody cancelled; finished videos stay, and so does the work area.
         """
         began = time.perf_counter()
-        if not self._selection.is_folder:
-            # What makes a single file impossible is found before Ray starts or a model is fetched.
-            _check_single(self._selection.items[0], self._options)
-        model = resolve_model(self._settings.model)
-        area = WorkArea(self._selection.root, is_folder=self._selection.is_folder, job_id=self._job_id(model))
-        pending, refused, finished = self._pending(area, model)
+        survey = self.survey()
+        note = "finished before; nothing to do"
+        self._report.outcomes += [
+            Outcome(item.name, item.destination, "skipped", notes=[note]) for item in survey.finished
+        ]
+        made = None if self._plan_file is None else self._usable_plans(survey)
         self._report.prepare_s = time.perf_counter() - began
-        if pending or refused or finished:
-            root = self._selection.root
-            storage_for(root).check_writable(join(root, "probe") if self._selection.is_folder else root)
+        if survey.pending or survey.refused or survey.undelivered:
+            root = self.selection.root
+            storage_for(root).check_writable(join(root, "probe") if self.selection.is_folder else root)
             with stopping_on_signals():
                 run = RestoreRun(
                     src=self._src,
                     dst=self._dst,
-                    settings=self._settings,
-                    options=self._options,
+                    settings=self.settings,
+                    options=self.options,
                     choices=self._choices,
-                    selection=self._selection,
-                    model=model,
-                    area=area,
+                    selection=self.selection,
+                    model=survey.model,
+                    area=survey.area,
                     report=self._report,
                     keep=self._keep,
                     retry_failed=self._retry_failed,
                     quiet=self._quiet,
+                    made=made,
                 )
-                run.run(pending, refused, finished)
+                run.run(survey.pending, survey.refused, survey.undelivered)
         self._report.wall_s = time.perf_counter() - began - self._report.ray_start_s
         self._report.outcomes.sort(key=lambda outcome: outcome.name)
         return self._report
 
+    def survey(self) -> Survey:
+        """Look at what is there: nothing is planned, and nothing is written.
+
+        Raises:
+            JobsError, InfraError, PipelineError: as from `run`.
+        """
+        if not self.selection.is_folder:
+            # What makes a single file impossible is found before Ray starts or a model is fetched.
+            _check_single(self.selection.items[0], self.options)
+        model = resolve_model(self.settings.model)
+        area = WorkArea(self.selection.root, is_folder=self.selection.is_folder, job_id=self._job_id(model))
+        survey = Survey(model, area)
+        self._look(survey)
+        return survey
+
+    def _usable_plans(self, survey: Survey) -> PlanFile:
+        assert self._plan_file is not None
+        made = read_plan_file(self._plan_file)
+        runs = ((item, run_id(item, self.options, survey.model.sha256)) for item in survey.pending)
+        stale = sum(made.find(item, run) is None for item, run in runs)
+        if stale:
+            told = f"{made.place}: {stale} of {len(survey.pending)} videos have no plan there that still holds"
+            self._report.warnings.append(f"{told}; they are planned now.")
+            print(f"upriver: {self._report.warnings[-1]}", file=sys.stderr)
+        return made
+
     def _job_id(self, model: ResolvedModel) -> str:
         nothing = Item(source="", destination="", name="", size_bytes=0, version="")
-        return run_id(nothing, self._options, model.sha256)
+        return run_id(nothing, self.options, model.sha256)
 
-    def _pending(
-        self, area: WorkArea, model: ResolvedModel
-    ) -> tuple[list[Item], list[tuple[Item, Failure]], list[Finished]]:
-        """Items to restore, those that are refused before anything is tried, and those that lack extras only.
-
-        Finished ones are reported.
-        """
-        items = self._selection.items
+    def _look(self, survey: Survey) -> None:
+        """Sort all items by what is to be done with them."""
+        items = self.selection.items
         with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
-            found = list(pool.map(lambda item: self._standing(item, area, model), items))
-        pending, refused, finished = [], [], []
+            found = list(pool.map(lambda item: self._standing(item, survey.area, survey.model), items))
         for item, standing in zip(items, found, strict=True):
             if standing == "pending":
-                pending.append(item)
+                survey.pending.append(item)
             elif standing == "finished":
-                note = "finished before; nothing to do"
-                self._report.outcomes.append(Outcome(item.name, item.destination, "skipped", notes=[note]))
+                survey.finished.append(item)
             elif isinstance(standing, Finished):
-                finished.append(standing)
-            elif self._selection.is_folder:
-                refused.append((item, describe_failure(standing)))
+                survey.undelivered.append(standing)
+            elif self.selection.is_folder:
+                survey.refused.append((item, describe_failure(standing)))
             else:
                 raise standing
-        return pending, refused, finished
 
     def _standing(
         self, item: Item, area: WorkArea, model: ResolvedModel
     ) -> Literal["pending", "finished"] | Finished | Exception:
-        run = run_id(item, self._options, model.sha256)
+        run = run_id(item, self.options, model.sha256)
         extras, overwrite = self._choices.extras, self._choices.overwrite
         try:
             if finished_already(item.destination, run, overwrite=overwrite):
@@ -254,17 +312,6 @@ def _refuse_pictures(selection: Selection) -> None:
                 code="extras-of-pictures",
                 remedy="Leave them out, or write a video, such as .mkv.",
             )
-
-
-def _exact(settings: Settings) -> Settings:
-    """Settings under which every run gives the same bits, whatever else they say."""
-    return settings.model_copy(update={"dtype": "fp32", "threads": 1, "slots": 1})
-
-
-def _plan_options(settings: Settings) -> PlanOptions:
-    options = plan_options(settings)
-    # A job must not go on from segments that were made in another way.
-    return dataclasses.replace(options, numerics=f"{options.numerics}/exact") if settings.exact else options
 
 
 def _check_single(item: Item, options: PlanOptions) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 from actors.assemble import Draft, write_checksum
@@ -18,8 +19,11 @@ from actors.errors import Failure, FailureClass
 from actors.hardware import usable_cores
 from actors.records import Delivered
 from actors.upscaler import EngineOptions
-from infra.cluster import Cluster, connected, quiet_data
+from infra.cluster import Cluster, connected, joins_a_cluster, quiet_data
+from infra.own_code import code_fingerprint
+from infra.ray_jobs import runs_in_a_job
 from infra.settings import Settings
+from infra.storage import join, storage_for
 from jobs.cancel import withdraw_cancel
 from jobs.delivering import Delivering, Finished
 from jobs.errors import ExitCode, Interrupted, TaskError, exit_code_of, exit_code_of_failure
@@ -35,12 +39,15 @@ from jobs.manifest import (
     write_manifest,
 )
 from jobs.model import ResolvedModel
+from jobs.nodes import Scratch, check_nodes
 from jobs.plan import Planned, PlanOptions, plan_all, run_id
+from jobs.plan_file import PlanFile
 from jobs.planning import Planning
 from jobs.pool import JOB_CONTEXT, PoolSize, pool_size, stopping_on_signals
 from jobs.progress import Outcome, ProgressBar
 from jobs.records import JobRecord, VideoPlan
 from jobs.restoring import Choices, Restoring, Video
+from jobs.room import check_room, room_needed
 from jobs.sources import Item, Selection
 from jobs.tally import Reporter, Tally
 from jobs.workarea import WorkArea
@@ -52,6 +59,7 @@ class Report:
 
     `wall_s` is the time from the first probe to the last manifest, without the start of Ray, which `ray_start_s` has;
     `prepare_s` is the part of it before that: probing, checking the model, and looking at what is finished.
+    `warnings` are about the job as a whole.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
@@ -59,6 +67,7 @@ class Report:
     prepare_s: float = 0.0
     wall_s: float = 0.0
     ledger: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def exit_code(self) -> ExitCode:
         """Return the exit status of a job that ran to its end: see `jobs/errors.py`."""
@@ -89,10 +98,13 @@ class RestoreRun:
     keep: bool
     retry_failed: bool
     quiet: bool
+    made: PlanFile | None = None
     _ledger: Ledger = field(init=False)
     _tally: Tally = field(init=False)
     _job: JobRecord = field(init=False)
     _planned_before: set[str] | None = None  # run ids whose plans an earlier run has kept
+    _scratch: list[Scratch] = field(init=False, default_factory=list)
+    _has_room: set[str] = field(init=False, default_factory=set)  # run ids for which room was looked for
 
     def run(
         self, pending: Sequence[Item], refused: Sequence[tuple[Item, Failure]], finished: Sequence[Finished] = ()
@@ -197,20 +209,19 @@ class RestoreRun:
     def _restore(self, items: Sequence[Item], finished: Sequence[Finished], reporter: Reporter) -> None:
         plans = plan_all(items, self.options, self.model.sha256, self._known_plan)
         with ExitStack() as stack:
-            if len(items) == 1:
-                # Planned here, before anything else is started; what cannot be planned ends the job.
+            if len(items) == 1 and not joins_a_cluster():
+                # Planned here, before anything else is started; what cannot be planned ends the job. A cluster's nodes
+                # are asked before the first picture is decoded.
                 made = [plan for plan in plans if self._can_be_restored(plan)]
                 items, plans = [plan.item for plan in made], iter(made)
             if not items and not finished:
                 return
-            cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
-            self.report.ray_start_s = cluster.start_s
-            stack.enter_context(stopping_on_signals())  # again: Ray has put its own handler in the place of ours
+            cluster = self._connect(stack, items)
             if items:
                 stack.enter_context(quiet_data(**JOB_CONTEXT))  # for both of the pipelines, which run side by side
                 uses_gpus = pool_size(self.settings, cluster, len(items)).gpus_each > 0
                 planning = stack.enter_context(Planning(plans, ahead=uses_gpus and len(items) > 1))
-                bar = stack.enter_context(ProgressBar(quiet=self.quiet))
+                bar = stack.enter_context(ProgressBar(quiet=self.quiet, lines=runs_in_a_job()))
                 self._restoring(cluster, reporter, bar).run(planning)
             self._deliver(finished, cluster, reporter)
 
@@ -221,6 +232,8 @@ class RestoreRun:
         plan = self.area.plan(run) if run in self._planned_before else None
         if plan is None:
             self._planned_before.discard(run)
+            if self.made is not None:
+                plan = self.made.find(item, run)
         return plan
 
     def _can_be_restored(self, made: Planned) -> bool:
@@ -239,10 +252,40 @@ class RestoreRun:
         self.area.sweep(made.plan.run_id, made.plan.destination)
         return made.plan
 
-    def _note_running(self) -> None:
+    def _begin_round(self, videos: Sequence[Video], cluster: Cluster) -> None:
+        if any(video.plan.run_id not in self._has_room for video in videos):
+            self._check_room(videos, cluster)
+            self._has_room = {video.plan.run_id for video in videos}
         if self._job.state == "planning":
             self._job = self._job.model_copy(update={"state": "running"})
             self.area.write_job(self._job)
+
+    def _connect(self, stack: ExitStack, items: Sequence[Item]) -> Cluster:
+        cluster = stack.enter_context(connected(num_cpus=max(2, usable_cores())))
+        self.report.ray_start_s = cluster.start_s
+        stack.enter_context(stopping_on_signals())  # again: Ray has put its own handler in the place of ours
+        files = [self.model.source] if Path(self.model.source).is_absolute() else []
+        files += [self.choices.truth] if self.choices.truth else []
+        self._scratch = check_nodes(cluster, self.area.place, items, files)
+        return cluster
+
+    def _check_room(self, videos: Sequence[Video], cluster: Cluster) -> None:
+        """Refuse to begin what will not fit; say where it is narrow."""
+        rows = pool_size(self.settings, cluster, sum(len(video.open) for video in videos)).actors * self.settings.slots
+        root = self.selection.root
+        room = room_needed(
+            [video.plan for video in videos],
+            rows=rows,
+            assemblies=_assemblies(cluster),
+            finished={video.plan.run_id: _finished_frames(video) for video in videos},
+            keep=self.keep,
+            remote=not storage_for(root).is_local,
+        )
+        for warning in check_room(room, join(root, "probe") if self.selection.is_folder else root, self._scratch):
+            if warning in self.report.warnings:
+                continue
+            self.report.warnings.append(warning)
+            print(f"upriver: {warning}", file=sys.stderr)
 
     def _deliver(self, finished: Sequence[Finished], cluster: Cluster, reporter: Reporter) -> None:
         """Have extras made of what was finished before."""
@@ -267,7 +310,7 @@ class RestoreRun:
             on_delivered=done,
             on_given_up=given_up,
             is_cancelled=lambda: reporter.cancelled,
-            at_once=2 * cluster.nodes,
+            at_once=_assemblies(cluster),
         ).run(finished)
 
     def _restoring(self, cluster: Cluster, reporter: Reporter, bar: ProgressBar) -> Restoring:
@@ -281,10 +324,12 @@ class RestoreRun:
                 flow=settings.flow,
                 threads=size.threads_each,
                 max_pixels=settings.max_pixels,
-                version=version("upriver"),
+                version=code_fingerprint(),
                 slots=settings.slots,
                 stall_s=settings.stall_seconds,
                 memory_gb=settings.memory_gb,
+                model_sha256=self.model.sha256,
+                exact=settings.exact,
             )
 
         return Restoring(
@@ -292,15 +337,15 @@ class RestoreRun:
             ledger=self._ledger,
             tally=self._tally,
             choices=self.choices,
-            size_for=lambda rows: pool_size(settings, cluster, rows),
+            size_for=lambda rows: pool_size(settings, cluster.now(), rows),
             engine_for=engine_for,
             prepare=self._prepare,
-            on_round=self._note_running,
+            on_round=lambda videos: self._begin_round(videos, cluster),
             on_finished=self._complete,
             on_given_up=self._give_up,
             is_cancelled=lambda: reporter.cancelled,
             show=lambda name: bar.show(name, self._tally.frames_shown, self._tally.frames_total),
-            assemblies=2 * cluster.nodes,
+            assemblies=_assemblies(cluster),
         )
 
     def _refuse(self, item: Item, failure: Failure) -> None:
@@ -399,3 +444,14 @@ def _named(delivered: Delivered) -> str:
     """Extras in words, by what their names end with."""
     kinds = {one.name.partition("/")[0].rpartition(".")[2] for one in delivered.files}
     return " and ".join(sorted(kinds))
+
+
+def _assemblies(cluster: Cluster) -> int:
+    """How many videos are put together at a time."""
+    return 2 * cluster.nodes
+
+
+def _finished_frames(video: Video) -> int:
+    """Frames of shots that are done, or that were there when the video was taken on, whichever is more."""
+    is_open = sum(shot.frames for shot in video.plan.shots if shot.number in video.open)
+    return max(video.finished, video.plan.frames - is_open)

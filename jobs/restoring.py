@@ -50,6 +50,7 @@ class Video:
         attempts: failed ones by shot; None is the video as a whole.
         not_before: by shot when it may be tried again, on the monotonic clock.
         given_up: it failed for the last time.
+        finished: frames that were there when it was taken on.
     """
 
     item: Item
@@ -59,6 +60,7 @@ class Video:
     attempts: dict[int | None, int] = field(default_factory=dict)
     not_before: dict[int | None, float] = field(default_factory=dict)
     given_up: bool = False
+    finished: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Restoring:
     Args:
         size_for: the pool for a number of rows. engine_for: how the actors of a pool are set up.
         prepare: called with each plan that is taken over; returns it, or None where there is nothing to restore.
-        on_round: called when rows begin.
+        on_round: called with all videos that are not finished, before rows begin; what it raises ends the job.
         on_finished: called with each video and what was assembled of it; what it raises counts as a failed attempt.
         on_given_up: called with each video that failed for the last time; what it raises ends the job.
         is_cancelled: asked now and then. show: called with a video's name whenever frames were done.
@@ -96,7 +98,7 @@ class Restoring:
         size_for: Callable[[int], PoolSize],
         engine_for: Callable[[PoolSize], EngineOptions],
         prepare: Callable[[Planned], VideoPlan | None],
-        on_round: Callable[[], None],
+        on_round: Callable[[Sequence[Video]], None],
         on_finished: Callable[[Video, Draft], None],
         on_given_up: Callable[[Video, Failure], None],
         is_cancelled: Callable[[], bool],
@@ -112,6 +114,7 @@ class Restoring:
         self._videos: dict[str, Video] = {}
         self._to_assemble: list[Video] = []
         self._assembling: dict[Any, tuple[Video, float]] = {}
+        self._hosts: dict[str, str] = {}  # where each row was last seen
 
     def add(self, plan: VideoPlan, item: Item) -> Video:
         """Take on a video; what is finished of it in the work area is counted as such."""
@@ -119,6 +122,7 @@ class Restoring:
         rows = rows_of(plan, self._area.segments(plan.run_id), self._area.states(plan.run_id))
         video = Video(item, plan, {row["shot"]: row for row in rows})
         video.open = {shot.number for shot in plan.shots if finished[shot.number] < shot.frames}
+        video.finished = sum(finished.values())
         video.attempts = self._ledger.attempts(plan.run_id)
         self._videos[plan.run_id] = video
         self._tally.plan(plan.name, plan.frames, finished)
@@ -180,7 +184,7 @@ class Restoring:
 
     def _round(self, rows: Sequence[Row], planning: Planning) -> None:
         """Try each row once."""
-        self._on_round()
+        self._on_round(list(self._videos.values()))
         size = self._size_for(len(rows))
         self._tally.actors = size.actors
         left = {row["row_id"]: row for row in rows}
@@ -205,6 +209,8 @@ class Restoring:
             return
         video, shot, kind = self._videos[row["video_id"]], row["shot"], record["kind"]
         details = json.loads(record["details"])
+        if kind == "started":
+            self._hosts[record["row_id"]] = str(details["host"])
         if kind in ("progress", "segment", "done"):
             restored = not details.get("replayed", False)
             self._tally.advance(video.plan.name, shot, record["frames"], restored=restored)
@@ -240,7 +246,7 @@ class Restoring:
                 message=f"The worker that restored {where} died.",
                 remedy="It may have lacked memory: try fewer --actors, --dtype bf16, or a smaller source.",
             )
-        self._failed(video, row["shot"], failure)
+        self._failed(video, row["shot"], failure, host=self._hosts.get(row["row_id"]))
 
     def _failed(
         self, video: Video, shot: int | None, failure: Failure, *, seconds: float = 0.0, host: str | None = None
@@ -280,7 +286,8 @@ class Restoring:
                 break
             self._to_assemble.remove(video)
             # Beside actors that reserve every processor there would never be one for it: hence none is asked for.
-            task = ray.remote(num_cpus=0, max_retries=0)(attempt)
+            # By default Ray would put all such tasks on this node, with all their unfinished files.
+            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(attempt)
             self._assembling[task.remote(self._assembly(video))] = (video, time.monotonic())
         if self._assembling:
             ready, _ = ray.wait(list(self._assembling), timeout=pause_s)

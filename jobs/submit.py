@@ -115,6 +115,7 @@ def job_of(arguments: Sequence[str], *, shared_files: bool) -> tuple[list[str], 
         ("SRC", typed["src"]),
         ("DST", typed["dst"]),
         ("--truth", given.get("truth")),
+        ("--plan", given.get("plan")),
         ("model", model),
     ):
         if place is not None and (what != "model" or Path(model).exists()):

@@ -28,7 +28,7 @@ _ENCODERS: dict[str, str] = {
     "vp9": "libvpx-vp9", "ffv1": "ffv1", "prores": "prores_ks",
 }  # fmt: skip
 # Visually transparent or nearly so, on the scale of each encoder.
-_DEFAULT_CRF = {"h264": 16, "hevc": 18, "av1": 22, "vp9": 20}
+DEFAULT_CRF = {"h264": 16, "hevc": 18, "av1": 22, "vp9": 20}
 _MAX_CRF = {"h264": 51, "hevc": 51, "av1": 63, "vp9": 63}
 _PRESETS: tuple[Preset, ...] = (
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow",
@@ -198,7 +198,7 @@ def _sampling(pix_fmt: str) -> str:
 
 def _codec_options(codec: Codec, options: EncoderOptions, source: VideoInfo, warnings: list[str]) -> dict[str, str]:
     level = _PRESETS.index(options.preset)
-    crf = options.crf if options.crf is not None else _DEFAULT_CRF.get(codec)
+    crf = options.crf if options.crf is not None else DEFAULT_CRF.get(codec)
     if crf is not None and codec in _MAX_CRF and crf > _MAX_CRF[codec]:
         raise UnsupportedOutput(f"crf {crf} is above the {_MAX_CRF[codec]} of {codec}.", remedy="Choose a smaller crf.")
     if options.crf is not None and codec not in _MAX_CRF:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -122,3 +123,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """The root folder of the checkout."""
     return ROOT
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread for each test, whatever the one before it has set: two on a busy machine are ten times slower."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from actors.assemble import Assembly, assemble_video, attempt, is_published, rea
 from actors.errors import DamagedWork, SourceChanged, UnfaithfulResult
 from actors.upscaler import EngineOptions, Upscaler
 from infra.errors import StorageError
+from infra.own_code import code_fingerprint
 from infra.settings import Settings
 from infra.storage import storage_for
 from jobs.plan import plan_options, plan_video, rows_of
@@ -37,7 +37,7 @@ def actors(model: Path) -> list[Upscaler]:
     """Two actors."""
     engine = EngineOptions(
         model=str(model), device="cpu", dtype="fp32", flow="auto", threads=1, max_pixels=10**7,
-        version=version("upriver"),
+        version=code_fingerprint(),
     )  # fmt: skip
     return [Upscaler(dataclasses.asdict(engine)) for _ in range(2)]
 

@@ -192,13 +192,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def workers(model: Path) -> list[Upscaler]:
-    from importlib.metadata import version
-
     from actors.upscaler import EngineOptions
+    from infra.own_code import code_fingerprint
 
     engine = EngineOptions(
         model=str(model), device="cpu", dtype="fp32", flow="auto", threads=1, max_pixels=10**7,
-        version=version("upriver"),
+        version=code_fingerprint(),
     )  # fmt: skip
     return [Upscaler(dataclasses.asdict(engine)) for _ in range(2)]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.errors import FailureClass, TilesFixed, failure_class
 from actors.step_batch import StepBatch
 from pipeline import StreamDiffVSRPipeline
 from pipeline.frames import frame_to_tensor
@@ -112,6 +113,25 @@ def test_a_frame_that_does_not_fit_is_tried_in_smaller_tiles(
     halved.clear()
     with pytest.raises(torch.OutOfMemoryError):
         batch.step(torch.zeros(1, 3, 16, 16), pipe.start(), 1)
+
+
+def test_an_exact_run_does_not_change_its_tiles(pipe: StreamDiffVSRPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, tried = pipe.step, []
+
+    def small(*given: Any, **named: Any) -> torch.Tensor:
+        tried.append(1)
+        if len(tried) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(*given, **named)
+
+    monkeypatch.setattr(pipe, "step", small)
+    batch, state = StepBatch(pipe, largest=1, fixed_tiles=True), pipe.start()
+    batch.step(torch.zeros(1, 3, 64, 64), state, 1)
+    before = pipe.tiling
+    with pytest.raises(TilesFixed) as caught:
+        batch.step(torch.zeros(1, 3, 64, 64), state, 1)
+    assert len(tried) == 2 and pipe.tiling == before and state.index == 1
+    assert failure_class(caught.value) is FailureClass.OUT_OF_MEMORY and "--memory-gb" in caught.value.remedy
 
 
 def test_an_error_reaches_every_row_of_the_batch(pipe: StreamDiffVSRPipeline) -> None:

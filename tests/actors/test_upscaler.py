@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from actors.records import Row
 from actors.upscaler import EngineOptions, Upscaler
+from infra.own_code import code_fingerprint
 from infra.settings import Settings
 from infra.storage import storage_for
 from jobs.plan import plan_options, plan_video, rows_of
@@ -36,7 +36,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> EngineOptions:
         flow="auto",
         threads=1,
         max_pixels=10**7,
-        version=version("upriver"),
+        version=code_fingerprint(),
     )
 
 
@@ -249,6 +249,14 @@ def test_a_model_that_cannot_be_loaded_is_a_failure_of_that_class(
 ) -> None:
     broken = Upscaler(dataclasses.asdict(dataclasses.replace(engine, model=str(tmp_path / "none"))))
     assert run(broken, row_of(videos["mjpeg_avi"], tmp_path))[-1]["details"]["failure_class"] == "model"
+
+
+def test_another_model_than_planned_is_refused(engine: EngineOptions, videos: dict[str, Path], tmp_path: Path) -> None:
+    """As when it was replaced in its bucket before this node fetched it."""
+    other = Upscaler(dataclasses.asdict(dataclasses.replace(engine, model_sha256="0" * 64)))
+    for _ in range(2):
+        details = run(other, row_of(videos["mjpeg_avi"], tmp_path))[-1]["details"]
+        assert (details["failure_class"], details["code"]) == ("model", "model-changed")
 
 
 def test_another_version_or_unseen_files_are_refused(

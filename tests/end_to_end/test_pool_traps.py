@@ -26,9 +26,9 @@ SHOTS = (5, 4, 6)
 
 
 def engine(model: str) -> EngineOptions:
-    from importlib.metadata import version
+    from infra.own_code import code_fingerprint
 
-    return EngineOptions(model, "cpu", "fp32", "auto", 1, 10**6, version("upriver"))
+    return EngineOptions(model, "cpu", "fp32", "auto", 1, 10**6, code_fingerprint())
 
 
 @pytest.fixture

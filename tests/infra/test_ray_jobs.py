@@ -3,104 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import secrets
-import signal
-import subprocess
-import sys
-import sysconfig
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from infra.errors import ClusterError
-from infra.ray_jobs import PACKAGES, JobServer, code_environment
-from tests.object_stores import free_ports
+from infra.own_code import PACKAGES, code_environment
+from infra.ray_jobs import JobServer
+from infra.storage import storage_for
+from tests.films import make_film
+from tests.object_stores import SeaweedFS, free_ports
+from tests.random_model import save_random_model
+from tests.ray_cluster import RayCluster, ray_cluster
 from tests.video_files import make_video_files
-
-START_TIMEOUT_S = 120.0
-SCRIPTS = sysconfig.get_path("scripts")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    job_server: str
-    address: str
-    environment: dict[str, str]
-
-    def upriver(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run the command of another machine: it knows the cluster by address and token."""
-        return self.python("-m", "jobs.cli", *arguments, **environment)
-
-    def python(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.environment["HOME"],  # Ray looks for modules in the driver's folder first
-            env={**self.environment, "RAY_API_SERVER_ADDRESS": self.job_server, **environment},
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head node, on ports of its own and in a folder of its own, so that other clusters do not matter."""
+def cluster(tmp_path_factory: pytest.TempPathFactory, seaweedfs: SeaweedFS) -> Iterator[RayCluster]:
+    """A head node with a job server, whose processes have the keys of an object store."""
     folder = tmp_path_factory.mktemp("ray")
-    gcs, dashboard, agent, metrics = free_ports(4)
-    environment = {
-        **os.environ,
-        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_worker_niceness": "0",
-        "HOME": str(folder),
-    }
-    command = [
-        str(Path(SCRIPTS) / "ray"), "start", "--head", "--block", f"--port={gcs}", "--node-ip-address=127.0.0.1",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--metrics-export-port={metrics}", "--num-cpus=2", "--num-gpus=0", "--object-store-memory=100000000",
-        f"--temp-dir=/tmp/upriver-{gcs}", "--disable-usage-stats",
-    ]  # fmt: skip
-    with (folder / "ray.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        made = Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment)
-        wait_until(lambda: answers(f"http://127.0.0.1:{agent}/api/healthz"), folder / "ray.log")
-        wait_until(lambda: answers(f"{made.job_server}/api/version"), folder / "ray.log")
+    with ray_cluster(folder, cpus=2, job_server=True, **seaweedfs.environment()) as made:
         yield made
-    finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
-            if member.is_running():
-                member.send_signal(signal.SIGKILL)
-        process.wait()
-        psutil.wait_procs(family, timeout=10)
-        subprocess.run(["rm", "-rf", f"/tmp/upriver-{gcs}"], check=True)
-
-
-def wait_until(is_so: Callable[[], bool], log: Path) -> None:
-    limit = time.monotonic() + START_TIMEOUT_S
-    while not is_so():
-        if time.monotonic() > limit:
-            raise RuntimeError(log.read_text()[-3000:])
-        time.sleep(0.1)
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=5).close()
-    except urllib.error.HTTPError as error:
-        return error.code == 401
-    except OSError:
-        return False
-    return True
 
 
 def test_the_code_that_travels_is_all_four_packages() -> None:
@@ -124,46 +50,69 @@ def test_nobody_there_and_no_password_shown() -> None:
 
 
 @pytest.mark.slow
-def test_a_job_restores_and_ends_as_the_command_would(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_restores_and_ends_as_the_command_would(cluster: RayCluster, tmp_path: Path) -> None:
     source = make_video_files(tmp_path)["h264_vfr_mp4"]
-    done = cluster.upriver(
-        "submit", "restore", "--shared-files", str(source), str(tmp_path / "out.mp4"), "--steps", "1"
-    )
+    done = cluster.away("submit", "restore", "--shared-files", str(source), str(tmp_path / "out.mp4"), "--steps", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out.mp4").stat().st_size > 0 and "job upriver-" in done.stderr
-    missing = cluster.upriver("submit", "restore", "--shared-files", "/nowhere/a.mp4", str(tmp_path / "b.mp4"))
+    missing = cluster.away("submit", "restore", "--shared-files", "/nowhere/a.mp4", str(tmp_path / "b.mp4"))
     assert missing.returncode == 5 and "/nowhere/a.mp4 does not exist" in missing.stdout
 
 
 @pytest.mark.slow
-def test_a_job_is_asked_and_stopped_by_its_id(cluster: Cluster) -> None:
+def test_who_submitted_a_job_sees_how_far_it_is_and_so_does_everybody_else(
+    cluster: RayCluster, tmp_path: Path, s3_bucket: str
+) -> None:
+    film = make_film(tmp_path / "film.mp4", (30, 40, 30))
+    storage_for(s3_bucket).publish(film, f"{s3_bucket}/film.mp4")
+    for file in save_random_model(tmp_path / "model").rglob("*"):
+        if file.is_file():
+            storage_for(s3_bucket).publish(file, f"{s3_bucket}/model/{file.relative_to(tmp_path / 'model')}")
+    places = (f"{s3_bucket}/film.mp4", f"{s3_bucket}/out.mp4")
+    options = ("--model", f"{s3_bucket}/model", "--preset", "ultrafast", "--segment-seconds", "0.4")
+    with cluster.running_away("-m", "jobs.cli", "submit", "restore", *places, *options, "--wait") as job:
+        seen = {"state": "", "frames_done": 0}
+        while job.poll() is None and not (seen["state"] == "running" and seen["frames_done"]):
+            status = cluster.away("status", places[1], "--json")
+            told = json.loads(status.stdout)["jobs"] if status.returncode == 0 else []
+            seen = told[0] if told else seen
+        stdout, stderr = job.communicate(timeout=500)
+    assert job.returncode == 0, stdout + stderr
+    assert seen["state"] == "running" and 0 < seen["frames_done"] <= 100
+    assert re.search(r"^\d+ of 100 frames \(\d+ %\).*; film\.mp4$", stdout, re.M), stdout
+    finished = cluster.away("status", places[1])
+    assert finished.returncode == 0 and "finished" in finished.stdout
+
+
+@pytest.mark.slow
+def test_a_job_is_asked_and_stopped_by_its_id(cluster: RayCluster) -> None:
     submitted = cluster.python(
         "-c", "from infra.ray_jobs import JobServer; print(JobServer().submit(['sleep', '600']))"
     )
     job_id = submitted.stdout.strip()
     assert job_id.startswith("upriver-"), submitted.stderr
-    asked = cluster.upriver("submit", "status", job_id, "--json")
+    asked = cluster.away("submit", "status", job_id, "--json")
     assert json.loads(asked.stdout)["ended"] is False
-    stopped = cluster.upriver("submit", "stop", job_id)
+    stopped = cluster.away("submit", "stop", job_id)
     assert stopped.returncode == 0 and job_id in stopped.stdout
-    followed = cluster.upriver("submit", "logs", job_id, "--follow")
+    followed = cluster.away("submit", "logs", job_id, "--follow")
     assert followed.returncode == 143, followed.stdout + followed.stderr
-    assert json.loads(cluster.upriver("submit", "status", job_id, "--json").stdout)["state"] == "STOPPED"
+    assert json.loads(cluster.away("submit", "status", job_id, "--json").stdout)["state"] == "STOPPED"
 
 
 @pytest.mark.slow
-def test_refusals_of_a_cluster_are_said_in_one_line(cluster: Cluster) -> None:
-    unknown = cluster.upriver("submit", "status", "upriver-none")
+def test_refusals_of_a_cluster_are_said_in_one_line(cluster: RayCluster) -> None:
+    unknown = cluster.away("submit", "status", "upriver-none")
     assert unknown.returncode == 2 and "knows no job upriver-none" in unknown.stderr
     token = secrets.token_hex(32)
-    refused = cluster.upriver("submit", "status", "upriver-none", RAY_AUTH_TOKEN=token)
+    refused = cluster.away("submit", "status", "upriver-none", RAY_AUTH_TOKEN=token)
     assert refused.returncode == 2 and "token" in refused.stderr and token not in refused.stderr
     for answer in (unknown, refused):
         assert "Traceback" not in answer.stderr
 
 
 @pytest.mark.slow
-def test_nodes_run_the_code_of_the_driver_that_joins(cluster: Cluster) -> None:
+def test_nodes_run_the_code_of_the_driver_that_joins(cluster: RayCluster) -> None:
     program = (
         "import ray\n"
         "from infra.cluster import connected\n"

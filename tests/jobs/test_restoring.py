@@ -77,7 +77,7 @@ class Bench:
             area=self.area, ledger=self.ledger, tally=Tally(2),
             choices=Choices(overwrite=False, compare=False, truth=None, exact=False, max_pixels=10**6),
             size_for=lambda rows: PoolSize(1, 0.0, 1.0, 1), engine_for=lambda size: ENGINE,
-            prepare=lambda planned: planned.plan, on_round=lambda: None,
+            prepare=lambda planned: planned.plan, on_round=lambda videos: None,
             on_finished=lambda video, draft: None, on_given_up=self._give_up,
             is_cancelled=lambda: self.cancelled, show=lambda name: None,
         )  # fmt: skip
