@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.colour import to_rgb
 from pipeline.image_sequence import ImageSequence
 from pipeline.interlacing import PULLDOWN_KEEPS, Deinterlacer, FieldFilter, PulldownRemover
+from pipeline.truncation import early_end
 from pipeline.video_container import (
     Limits,
     OpenVideo,
@@ -371,9 +372,12 @@ class VideoReader:
         )
 
     def _check_count(self) -> None:
-        """A container that counts its pictures tells when some are missing at the end."""
+        """A container that knows its size, or how many pictures it has, tells when some are missing at the end."""
         if self._start_pts is not None or self._stop_pts is not None or self.info.is_sequence:
             return
+        shorter = early_end(self._source, self.info.container)
+        if shorter:
+            self._note(shorter)
         if self._deinterlace == "pulldown":
             return  # how many of the last five are left depends on where the film ends
         promised = self.info.frames if self.info.container.startswith("mov") else None
