@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from heapq import heappop, heappush
 from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -54,6 +55,11 @@ _TIMED_CONTAINERS = {
     "dv",
     "yuv4mpegpipe",
 }
+
+# In a program stream not every picture has a stamp; those that libav computes may be off by as many pictures.
+_GUESSED_STEPS = 4
+# Codecs whose packets libav does not put into the order of presentation where the container does not.
+_UNORDERED_CODECS = {"h264", "hevc"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +134,7 @@ class VideoReader:
         self._deinterlace = deinterlace
         self._deinterlacer = self._new_deinterlacer()
         self._source_step = _step(self.info)
+        self._stamps_guessed = self.info.container == "mpeg"
         if deinterlace == "pulldown":
             self._seek = False
             self.info = presented(self.info, deinterlace)
@@ -135,6 +142,7 @@ class VideoReader:
         self._opened: OpenVideo | None = None
         self._last_pts: int | None = None
         self._passed_pts = 0
+        self._left_out = 0
         self._size_noted = False
 
     @property
@@ -268,7 +276,8 @@ class VideoReader:
         if self._start_pts is None or not self._seek:
             return None
         # The deinterlacer needs the picture before the first wanted one, hence strictly before.
-        target = self._start_pts - int(self.deinterlaces)
+        # Where stamps are guessed, that of the key picture is no evidence; that of a picture after it is.
+        target = self._start_pts - int(self.deinterlaces or self._stamps_guessed)
         if target <= self.info.start_pts:
             return None
         container, stream = self._open()
@@ -299,6 +308,10 @@ class VideoReader:
         """Every picture that can be decoded; what goes wrong is noted."""
         packets = container.demux(stream)
         broken = 0
+        # The stamps of packets that went in; as many pictures come out, in the order in which they are shown.
+        waiting: list[int] | None = [] if _only_counts(container, stream) else None
+        # An edit list may leave out pictures at both ends; those that others lean on are decoded, but not shown.
+        self._left_out = max(0, stream.frames - len(stream.index_entries))
         while True:
             try:
                 packet = next(packets)
@@ -310,13 +323,20 @@ class VideoReader:
                 break
             if packet.is_corrupt:
                 self._note("a packet is incomplete", packet.pts)
+            if waiting is not None and packet.pts is not None:
+                heappush(waiting, packet.pts)
+            self._left_out += packet.is_discard
             try:
                 frames = packet.decode()
             except (av.FFmpegError, EOFError) as error:
                 broken += 1
+                if waiting:
+                    heappop(waiting)
                 self._note("a picture cannot be decoded", packet.pts, f" ({_words(error)})")
                 continue
             for frame in frames:
+                if waiting:
+                    frame.pts = heappop(waiting)
                 if frame.is_corrupt:
                     self._note("a picture is damaged and concealed", frame.pts)
                 yield frame
@@ -338,9 +358,12 @@ class VideoReader:
             self.stamps_repaired = True
             pts = self.info.start_pts if self._last_pts is None else self._last_pts + self._source_step
         elif self._last_pts is not None and pts <= self._last_pts:
-            self._note("a time stamp does not increase", pts)
             self.stamps_repaired = True
-            pts = self._last_pts + 1
+            if self._stamps_guessed and self._last_pts - pts < self._source_step * _GUESSED_STEPS:
+                pts = self._last_pts + self._source_step
+            else:
+                self._note("a time stamp does not increase", pts)
+                pts = self._last_pts + 1
         frame.pts = self._last_pts = pts
 
     def _wanted(self, pts: int | None) -> bool:
@@ -381,8 +404,8 @@ class VideoReader:
         if self._deinterlace == "pulldown":
             return  # how many of the last five are left depends on where the film ends
         promised = self.info.frames if self.info.container.startswith("mov") else None
-        if promised and self.frames_read < promised:
-            self._note(f"{self.frames_read} of {promised} pictures could be decoded")
+        if promised and self.frames_read < promised - self._left_out:
+            self._note(f"{self.frames_read} of {promised - self._left_out} pictures could be decoded")
 
     def _note(self, text: str, pts: int | None = None, more: str = "") -> None:
         """Add a sentence to `damage`, unless it is of a picture outside the range: that is for others to report."""
@@ -399,12 +422,20 @@ def _can_jump(container: av.container.InputContainer, stream: av.video.stream.Vi
     """Whether a jump into this container is sure to arrive where it says.
 
     AVI counts packets instead of timing them: after a jump the count is right only if its index names every packet.
-    Bare streams of pictures have neither.
+    It never says which pictures are shown in which order. Bare streams of pictures have neither.
     """
     name = container.format.name.partition(",")[0]
     if name == "avi":
-        return bool(stream.frames) and len(stream.index_entries) >= stream.frames
+        return (
+            not _only_counts(container, stream) and bool(stream.frames) and len(stream.index_entries) >= stream.frames
+        )
     return name in _TIMED_CONTAINERS
+
+
+def _only_counts(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> bool:
+    """Whether the time stamps of these packets say only where they lie in the file, not when they are shown."""
+    context = stream.codec_context
+    return container.format.name == "avi" and context.name in _UNORDERED_CODECS and context.has_b_frames
 
 
 def _first_key(pictures: Iterator[av.VideoFrame], target: int) -> av.VideoFrame | None:
