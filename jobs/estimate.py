@@ -198,6 +198,9 @@ def _print(plans: Sequence[VideoPlan], failed: Sequence[Planned], total: Estimat
         )
     console = Console(width=max(Console().width, 120))
     console.print(table)
+    for plan in plans:
+        for note in [*(f"damage: {text}" for text in plan.damage), *plan.warnings]:
+            print(f"{plan.name}: {note}")
     for one in failed:
         print(f"{one.item.name}: {one.failure['message'] if one.failure else ''}", file=sys.stderr)
     film = duration(total.hours * _HOUR)
