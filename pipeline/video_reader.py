@@ -6,6 +6,7 @@ The reader knows nothing of what happens to the pictures. Damage does not stop i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -58,6 +59,7 @@ _TIMED_CONTAINERS = {
 
 # In a program stream not every picture has a stamp; those that libav computes may be off by as many pictures.
 _GUESSED_STEPS = 4
+_PACKED = re.compile(rb"\x00\x00\x01\xb2DivX\d+(?:b|Build)\d+p")
 # Codecs whose packets libav does not put into the order of presentation where the container does not.
 _UNORDERED_CODECS = {"h264", "hevc"}
 
@@ -143,6 +145,7 @@ class VideoReader:
         self._last_pts: int | None = None
         self._passed_pts = 0
         self._left_out = 0
+        self._packed = False
         self._size_noted = False
 
     @property
@@ -284,6 +287,8 @@ class VideoReader:
         if not _can_jump(container, stream):
             return None
         self._prime(container, stream)
+        if self._packed:
+            return None
         for back_s in _SEEK_BACK_S:
             at = target - round(back_s / (stream.time_base or 1))
             if at < self.info.start_pts:
@@ -323,6 +328,8 @@ class VideoReader:
                 break
             if packet.is_corrupt:
                 self._note("a packet is incomplete", packet.pts)
+            if waiting is None and _is_packed(container, packet):
+                waiting, self._packed = [], True
             if waiting is not None and packet.pts is not None:
                 heappush(waiting, packet.pts)
             self._left_out += packet.is_discard
@@ -436,6 +443,11 @@ def _only_counts(container: av.container.InputContainer, stream: av.video.stream
     """Whether the time stamps of these packets say only where they lie in the file, not when they are shown."""
     context = stream.codec_context
     return container.format.name == "avi" and context.name in _UNORDERED_CODECS and context.has_b_frames
+
+
+def _is_packed(container: av.container.InputContainer, packet: Any) -> bool:
+    """Whether this MPEG-4 packet of AVI says that two pictures may lie in one, and the next one is then empty."""
+    return container.format.name == "avi" and packet.is_keyframe and bool(_PACKED.search(bytes(packet)[:4096]))
 
 
 def _first_key(pictures: Iterator[av.VideoFrame], target: int) -> av.VideoFrame | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import random
 import struct
 from collections.abc import Iterator
@@ -127,6 +128,44 @@ def test_pictures_of_avi_are_stamped_in_the_order_in_which_they_are_shown(folder
         for index, frame in enumerate(frames[:25]):  # then the scene has nothing more that moves
             errors = [np.abs(frame.rgb_HWC.astype(int) - picture(other)).mean() for other in range(FRAMES)]
             assert int(np.argmin(errors)) == index
+
+
+def packed(source: Path, result: Path) -> Path:
+    """Copy MPEG-4 into AVI as DivX did: a picture that is shown earlier lies in one packet with the one before it."""
+    with av.open(str(source)) as before, av.open(str(result), "w") as after:
+        copy = after.add_stream_from_template(before.streams.video[0])
+        pictures = [packet for packet in before.demux(before.streams.video[0]) if packet.size]
+        contents: list[tuple[bytes, bool]] = []
+        for packet in pictures:
+            data = bytes(packet)
+            kind = data[data.index(b"\0\0\1\xb6") + 4] >> 6
+            if kind == 2:
+                contents[-1] = contents[-1][0] + data, contents[-1][1]
+                contents.append((b"\0\0\1\xb6\x57\xff", False))  # says only that nothing is coded
+            else:
+                name = b"\0\0\1\xb2DivX503b1393p" if packet.is_keyframe else b""
+                at = data.index(b"\0\0\1\xb6")
+                contents.append((data[:at] + name + data[at:], packet.is_keyframe))
+        for number, (data, key) in enumerate(contents):
+            sent: Any = av.Packet(data)
+            sent.stream, sent.time_base, sent.is_keyframe = copy, Fraction(1, 25), key
+            sent.pts = sent.dts = number
+            sent.duration = 1
+            after.mux(sent)
+    return result
+
+
+def test_two_pictures_in_one_packet_of_avi_are_shown_one_after_the_other(folder: Path) -> None:
+    source = write(folder / "asp.mkv", "mpeg4", {**_MPEG, "bf": "1"})
+    path = packed(source, folder / "packed.avi")
+    reader = check_ranges(path, ranges=8)
+    assert reader.frames_read == FRAMES and not reader.damage and not reader.stamps_repaired
+    with VideoReader(source) as whole, VideoReader(path) as same:
+        for one, other in zip(whole, same, strict=True):
+            assert (one.rgb_HWC == other.rgb_HWC).all()
+    with VideoReader(path) as again:
+        stamps = [frame.pts for frame in again]
+    assert {after - before for before, after in itertools.pairwise(stamps)} == {40}
 
 
 def test_a_stamp_that_a_program_stream_lacks_is_filled_in_and_is_no_place_to_jump_to(folder: Path) -> None:
