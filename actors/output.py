@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from actors.errors import ActorsError
 from pipeline.encoder_options import resolve
+from pipeline.picture_encoder import uncarried
 from pipeline.video import CONTAINERS, EncoderOptions, UnsupportedOutput, VideoInfo, container_for
 
 FRAGMENTED = frozenset({"mp4", "mov"})  # containers that can be written in fragments
@@ -49,8 +50,11 @@ def encoder_options(options: Mapping[str, Any]) -> EncoderOptions:
         ) from error
 
 
-def check_output(info: VideoInfo, destination: str, options: Mapping[str, Any]) -> None:
+def check_output(info: VideoInfo, destination: str, options: Mapping[str, Any]) -> list[str]:
     """Raise what the writer would raise later: container, codec, pixel format, size and form must go together.
+
+    Returns:
+        What the result cannot hold of the source's pictures, in words.
 
     Raises:
         ActorsError, UnsupportedOutput: they do not.
@@ -64,4 +68,7 @@ def check_output(info: VideoInfo, destination: str, options: Mapping[str, Any]) 
         )
     if suffix:  # without one it becomes a folder of pictures
         width, height = output_size(info, options["scale"], options["height"])
-        resolve(encoder, info, container_for(suffix), width, height)
+        muxer = container_for(suffix)
+        settings = resolve(encoder, info, muxer, width, height)
+        return [*settings.warnings, *uncarried(info, settings.codec, muxer)]
+    return uncarried(info, "png", "")

@@ -153,7 +153,7 @@ def plan_video(item: Item, options: PlanOptions, model_sha256: str) -> VideoPlan
     limits = Limits(max_pixels=own.max_pixels)
     source = video_source(item.source)
     info = probe(source, limits=limits)
-    check_output(info, item.destination, own.row)
+    lost = check_output(info, item.destination, own.row)
     detector = CutDetector() if own.cuts else None
     starts: list[int] = []  # number of each shot's first frame
     stamps = array("q")
@@ -194,7 +194,7 @@ def plan_video(item: Item, options: PlanOptions, model_sha256: str) -> VideoPlan
         priority=item.priority,
         options=own.row,
         damage=list(reader.damage),
-        warnings=[],
+        warnings=lost,
     )
 
 

@@ -154,6 +154,9 @@ def _print(plans: Sequence[VideoPlan], failures: Sequence[tuple[str, Failure]], 
     if plans:
         Console(width=max(Console().width, 120)).print(table)
         print()
+    for plan in plans:
+        for note in [*(f"damage: {text}" for text in plan.damage), *plan.warnings]:
+            print(f"{plan.name}: {note}")
     for name, failure in failures:
         print(f"{name}: {failure['message']} {failure['remedy']}", file=sys.stderr)
     for line in _totals(total):

@@ -126,18 +126,21 @@ class PulldownRemover(FieldFilter):
     def __init__(self, rate: Fraction) -> None:
         super().__init__(
             [
-                # The matching counts pictures: it is told the rate, and that the first one is at zero.
+                # The matching counts pictures: it is told the rate, and that the first one is at zero. Film whose
+                # fields are repeated by flags comes as film; it is shown for five pictures of video here again.
                 ("fps", f"fps={rate.numerator}/{rate.denominator}"),
                 ("fieldmatch", "order=auto:mode=pc_n:combmatch=full"),
                 ("bwdif", "mode=send_frame:parity=auto:deint=interlaced"),
                 ("decimate", "cycle=5"),
             ]
         )
+        self._rate = rate
 
     def push(self, frame: av.VideoFrame, time_base: Fraction) -> Iterator[av.VideoFrame]:
         if self._graph is None:
             self._origin = frame.pts or 0
-        frame.pts = (frame.pts or 0) - self._origin
+        # Flagged film lies on whole and half pictures of video; a quarter keeps both away from where rounding turns.
+        frame.pts = (frame.pts or 0) - self._origin + round(1 / (4 * self._rate * time_base))
         return super().push(frame, time_base)
 
 

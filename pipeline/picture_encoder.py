@@ -87,7 +87,7 @@ class PictureEncoder:
 
     def __init__(self, source: VideoInfo, muxer: str, *, width: int, height: int, options: EncoderOptions) -> None:
         self.settings: EncoderSettings = resolve(options, source, muxer, width, height)
-        self.warnings = [*self.settings.warnings, *_uncarried(source, self.settings.codec, muxer)]
+        self.warnings = [*self.settings.warnings, *uncarried(source, self.settings.codec, muxer)]
         self.found: list[str] = []
         self._source = source
         self._options = options
@@ -204,8 +204,6 @@ class PngEncoder:
 _NAMED_LOSSES = {
     "DYNAMIC_HDR_PLUS": "HDR10+ dynamic metadata",
     "DYNAMIC_HDR_VIVID": "HDR Vivid dynamic metadata",
-    "DOVI_METADATA": "Dolby Vision metadata",
-    "DOVI_RPU_BUFFER": "Dolby Vision metadata",
     "AFD": "active format description",
     "STEREO3D": "stereo 3D layout",
     "SPHERICAL": "spherical projection",
@@ -216,8 +214,32 @@ _NAMED_LOSSES = {
 }
 
 
-def _uncarried(source: VideoInfo, codec: str, muxer: str) -> list[str]:
-    """What the pictures carry and the result will not."""
+# What is seen of Dolby Vision without its metadata, by the compatibility that the source states.
+_DOLBY_VISION_BASES = {1: "HDR10", 2: "SDR", 4: "HLG", 6: "HDR10"}
+
+
+def _dolby_vision(source: VideoInfo) -> list[str]:
+    """What is lost of Dolby Vision, which is written by no encoder here."""
+    if source.dolby_vision is None:
+        carried = {"DOVI_METADATA", "DOVI_RPU_BUFFER"} & source.side_data
+        return ["Dolby Vision: its metadata is not carried, the result is the picture without it"] if carried else []
+    profile, compatibility = source.dolby_vision
+    base = _DOLBY_VISION_BASES.get(compatibility, "HDR10" if profile == 7 else "")
+    if not base:
+        lost = "its metadata is not carried, and the colours are wrong without it: convert it to HDR10 or SDR first"
+    else:
+        lost = f"its metadata is not carried, the result is the {base} picture without it"
+    if profile in (4, 7):
+        lost += "; its enhancement layer is left out"
+    return [f"Dolby Vision profile {profile}{f'.{compatibility}' if profile > 7 else ''}: {lost}"]
+
+
+def uncarried(source: VideoInfo, codec: str, muxer: str) -> list[str]:
+    """What the pictures of a source carry and a result of this codec and format will not, in words.
+
+    Args:
+        muxer: as in `PictureEncoder`; "" for a folder of PNG pictures.
+    """
     if source.rotation_deg and muxer == "mpegts":
         lost_with_container = ["rotation: mpegts has none"]
     elif source.sample_aspect_ratio != 1 and muxer in ("matroska", "webm") and codec not in ("h264", "hevc"):
@@ -232,4 +254,8 @@ def _uncarried(source: VideoInfo, codec: str, muxer: str) -> list[str]:
             lost.add("HDR10 content light level")
     if any(component.is_alpha for component in av.VideoFormat(source.pix_fmt).components):
         lost.add("transparency")
-    return lost_with_container + [f"{words}: not carried into {codec}" for words in sorted(lost)]
+    return [
+        *_dolby_vision(source),
+        *lost_with_container,
+        *(f"{words}: not carried into {codec}" for words in sorted(lost)),
+    ]

@@ -219,21 +219,36 @@ def main_video_stream(container: av.container.InputContainer, name: str) -> av.v
 def chroma_location(container: Any, stream_index: int) -> str | None:
     """Where the chroma samples of a stream lie ("left", "center", "topleft", ...), None if it does not say.
 
-    PyAV has no attribute for it, but libav's own description of a file names it at its verbose level.
+    PyAV has no attribute for it, but libav's own description of a file names it.
     """
+    line = re.search(rf"^ *Stream #0:{stream_index}\b.*$", _description(container), re.MULTILINE)
+    # `yuv420p(tv, bt709, top first, left)`: the field order has similar words, so only a whole item counts.
+    items = {item for group in re.findall(r"\(([^()]*)\)", line.group(0) if line else "") for item in group.split(", ")}
+    return next((place for place in _CHROMA_LOCATIONS if place in items), None)
+
+
+def dolby_vision(container: Any, stream_index: int) -> tuple[int, int] | None:
+    """(profile, compatibility) of a stream's Dolby Vision configuration record, None without one.
+
+    Compatibility says what the picture is without its metadata: 0 nothing, 1 HDR10, 2 SDR, 4 HLG, 6 HDR10 of a disc.
+    """
+    streams = re.split(r"^ *Stream #0:(\d+)\b", _description(container), flags=re.MULTILINE)
+    described = dict(zip(streams[1::2], streams[2::2], strict=True)).get(str(stream_index), "")
+    found = re.search(r"DOVI configuration record:.*\bprofile: (\d+),.*\bcompatibility id: (\d+)", described)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _description(container: Any) -> str:
+    """What libav says of an open file at its verbose level."""
     with _LOG_LEVEL:
         before = av.logging.get_level()
         try:
             av.logging.set_libav_level(av.logging.VERBOSE)
             av.logging.set_level(av.logging.VERBOSE)
-            text = container.dumps_format()
+            return str(container.dumps_format())
         finally:
             av.logging.set_libav_level(av.logging.INFO)
             av.logging.set_level(before)
-    line = re.search(rf"^ *Stream #0:{stream_index}\b.*$", text, re.MULTILINE)
-    # `yuv420p(tv, bt709, top first, left)`: the field order has similar words, so only a whole item counts.
-    items = {item for group in re.findall(r"\(([^()]*)\)", line.group(0) if line else "") for item in group.split(", ")}
-    return next((place for place in _CHROMA_LOCATIONS if place in items), None)
 
 
 def _reason(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from pipeline.video_container import (
     check_size,
     chroma_location,
     decoder_bounds,
+    dolby_vision,
     is_remote,
     main_video_stream,
     open_input,
@@ -34,6 +35,8 @@ from pipeline.video_errors import UnreadableVideo
 _FIRST_PICTURES = 12
 # How far into a damaged file the first decodable picture is looked for.
 _PACKETS_TO_TRY = 3000
+_RPU_UNIT = 62
+_RATE_SLACK = 0.05
 _FALLBACK_RATE = Fraction(25)
 
 
@@ -89,7 +92,7 @@ class VideoInfo:
     `frames` is an estimate (None if nothing is known). `interlaced` is None when it cannot be told;
     `interlaced_flagged` says that the pictures themselves are marked so. `display_matrix` holds the nine integers of
     the container's orientation, `rotation_deg` its angle, counter-clockwise. `side_data` names what the first pictures
-    carry ("A53_CC", "DYNAMIC_HDR_PLUS", ...).
+    carry ("A53_CC", "DYNAMIC_HDR_PLUS", ...). `dolby_vision` is (profile, compatibility) where the container says so.
     """
 
     path: Path
@@ -114,6 +117,7 @@ class VideoInfo:
     mastering: MasteringDisplay | None = None
     content_light: ContentLight | None = None
     side_data: frozenset[str] = frozenset()
+    dolby_vision: tuple[int, int] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     chapters: tuple[dict[str, Any], ...] = ()
     is_sequence: bool = False
@@ -161,7 +165,8 @@ def probe(path: VideoSource, *, limits: Limits | None = None) -> VideoInfo:
             range=int(context.color_range),
             chroma_location=chroma_location(container, stream.index),
         )
-        pictures = _first_pictures(container, stream)
+        side_data: set[str] = set()
+        pictures = _first_pictures(container, stream, side_data)
         first = next(pictures, None)
         if first is None:
             raise UnreadableVideo(
@@ -170,7 +175,6 @@ def probe(path: VideoSource, *, limits: Limits | None = None) -> VideoInfo:
             )
         check_size(first.width, first.height, limits, name)
         fields = FieldStatistics()
-        side_data = set()
         mastering, light, matrix = None, None, None
         for picture in _chain(first, pictures):
             fields.add(picture)
@@ -183,7 +187,7 @@ def probe(path: VideoSource, *, limits: Limits | None = None) -> VideoInfo:
                     light = ContentLight(*struct.unpack_from("=II", bytes(item)))
                 elif item.type.name == "DISPLAYMATRIX":
                     matrix = struct.unpack("=9i", bytes(item)[:36])
-        rate = stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
+        rate = _rate(stream)
         duration_s = _duration_s(container, stream)
         return VideoInfo(
             path=local,
@@ -208,6 +212,7 @@ def probe(path: VideoSource, *, limits: Limits | None = None) -> VideoInfo:
             mastering=mastering,
             content_light=light,
             side_data=frozenset(side_data),
+            dolby_vision=dolby_vision(container, stream.index),
             metadata=dict(container.metadata),
             chapters=tuple(dict(chapter) for chapter in container.chapters()),
         )
@@ -230,14 +235,20 @@ def parse_mastering(raw: bytes) -> MasteringDisplay | None:
 
 
 def _first_pictures(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, side_data: set[str]
 ) -> Iterator[av.VideoFrame]:
-    """Up to `_FIRST_PICTURES` decoded frames, over damaged packets."""
+    """Up to `_FIRST_PICTURES` decoded frames, over damaged packets; names in `side_data` what no frame says."""
     given = 0
+    hevc = stream.codec_context.name == "hevc"
+    # Of an H.265 configuration record the 22nd byte says how long the lengths of units are; start codes have none.
+    setup = bytes(stream.codec_context.extradata or b"")
+    length_bytes = (setup[21] & 3) + 1 if len(setup) > 22 and setup[0] == 1 else 0
     try:
         for count, packet in enumerate(container.demux(stream)):
             if count > _PACKETS_TO_TRY:
                 return
+            if hevc and packet.size and _has_rpu(bytes(packet), length_bytes):
+                side_data.add("DOVI_RPU_BUFFER")
             try:
                 frames = packet.decode()
             except (av.FFmpegError, EOFError):
@@ -251,9 +262,30 @@ def _first_pictures(
         return
 
 
+def _has_rpu(packet: bytes, length_bytes: int) -> bool:
+    """Whether there is Dolby Vision metadata among the units of an H.265 picture; libav passes only some of it on."""
+    if not length_bytes:
+        return b"\0\0\1\x7c\x01" in packet
+    at = 0
+    while at + length_bytes < len(packet):
+        if packet[at + length_bytes] >> 1 == _RPU_UNIT:
+            return True
+        at += length_bytes + int.from_bytes(packet[at : at + length_bytes], "big")
+    return False
+
+
 def _chain(first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     yield first
     yield from rest
+
+
+def _rate(stream: av.video.stream.VideoStream) -> Fraction:
+    """Pictures a second: on average, or as MPEG's sequence header says if the average is an estimate close to it."""
+    average = stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
+    declared = stream.codec_context.framerate
+    if stream.codec_context.name in ("mpeg1video", "mpeg2video") and declared:
+        return declared if abs(declared - average) < _RATE_SLACK * average else average
+    return average
 
 
 def _duration_s(container: av.container.InputContainer, stream: av.stream.Stream) -> float | None:

@@ -6,9 +6,11 @@ The reader knows nothing of what happens to the pictures. Damage does not stop i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from heapq import heappop, heappush
 from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,6 +21,7 @@ import numpy as np
 from pipeline.colour import to_rgb
 from pipeline.image_sequence import ImageSequence
 from pipeline.interlacing import PULLDOWN_KEEPS, Deinterlacer, FieldFilter, PulldownRemover
+from pipeline.truncation import early_end
 from pipeline.video_container import (
     Limits,
     OpenVideo,
@@ -53,6 +56,12 @@ _TIMED_CONTAINERS = {
     "dv",
     "yuv4mpegpipe",
 }
+
+# In a program stream not every picture has a stamp; those that libav computes may be off by as many pictures.
+_GUESSED_STEPS = 4
+_PACKED = re.compile(rb"\x00\x00\x01\xb2DivX\d+(?:b|Build)\d+p")
+# Codecs whose packets libav does not put into the order of presentation where the container does not.
+_UNORDERED_CODECS = {"h264", "hevc"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +136,7 @@ class VideoReader:
         self._deinterlace = deinterlace
         self._deinterlacer = self._new_deinterlacer()
         self._source_step = _step(self.info)
+        self._stamps_guessed = self.info.container == "mpeg"
         if deinterlace == "pulldown":
             self._seek = False
             self.info = presented(self.info, deinterlace)
@@ -134,6 +144,8 @@ class VideoReader:
         self._opened: OpenVideo | None = None
         self._last_pts: int | None = None
         self._passed_pts = 0
+        self._left_out = 0
+        self._packed = False
         self._size_noted = False
 
     @property
@@ -267,13 +279,16 @@ class VideoReader:
         if self._start_pts is None or not self._seek:
             return None
         # The deinterlacer needs the picture before the first wanted one, hence strictly before.
-        target = self._start_pts - int(self.deinterlaces)
+        # Where stamps are guessed, that of the key picture is no evidence; that of a picture after it is.
+        target = self._start_pts - int(self.deinterlaces or self._stamps_guessed)
         if target <= self.info.start_pts:
             return None
         container, stream = self._open()
         if not _can_jump(container, stream):
             return None
         self._prime(container, stream)
+        if self._packed:
+            return None
         for back_s in _SEEK_BACK_S:
             at = target - round(back_s / (stream.time_base or 1))
             if at < self.info.start_pts:
@@ -298,6 +313,10 @@ class VideoReader:
         """Every picture that can be decoded; what goes wrong is noted."""
         packets = container.demux(stream)
         broken = 0
+        # The stamps of packets that went in; as many pictures come out, in the order in which they are shown.
+        waiting: list[int] | None = [] if _only_counts(container, stream) else None
+        # An edit list may leave out pictures at both ends; those that others lean on are decoded, but not shown.
+        self._left_out = max(0, stream.frames - len(stream.index_entries))
         while True:
             try:
                 packet = next(packets)
@@ -309,13 +328,22 @@ class VideoReader:
                 break
             if packet.is_corrupt:
                 self._note("a packet is incomplete", packet.pts)
+            if waiting is None and _is_packed(container, packet):
+                waiting, self._packed = [], True
+            if waiting is not None and packet.pts is not None:
+                heappush(waiting, packet.pts)
+            self._left_out += packet.is_discard
             try:
                 frames = packet.decode()
             except (av.FFmpegError, EOFError) as error:
                 broken += 1
+                if waiting:
+                    heappop(waiting)
                 self._note("a picture cannot be decoded", packet.pts, f" ({_words(error)})")
                 continue
             for frame in frames:
+                if waiting:
+                    frame.pts = heappop(waiting)
                 if frame.is_corrupt:
                     self._note("a picture is damaged and concealed", frame.pts)
                 yield frame
@@ -337,9 +365,12 @@ class VideoReader:
             self.stamps_repaired = True
             pts = self.info.start_pts if self._last_pts is None else self._last_pts + self._source_step
         elif self._last_pts is not None and pts <= self._last_pts:
-            self._note("a time stamp does not increase", pts)
             self.stamps_repaired = True
-            pts = self._last_pts + 1
+            if self._stamps_guessed and self._last_pts - pts < self._source_step * _GUESSED_STEPS:
+                pts = self._last_pts + self._source_step
+            else:
+                self._note("a time stamp does not increase", pts)
+                pts = self._last_pts + 1
         frame.pts = self._last_pts = pts
 
     def _wanted(self, pts: int | None) -> bool:
@@ -371,14 +402,17 @@ class VideoReader:
         )
 
     def _check_count(self) -> None:
-        """A container that counts its pictures tells when some are missing at the end."""
+        """A container that knows its size, or how many pictures it has, tells when some are missing at the end."""
         if self._start_pts is not None or self._stop_pts is not None or self.info.is_sequence:
             return
+        shorter = early_end(self._source, self.info.container)
+        if shorter:
+            self._note(shorter)
         if self._deinterlace == "pulldown":
             return  # how many of the last five are left depends on where the film ends
         promised = self.info.frames if self.info.container.startswith("mov") else None
-        if promised and self.frames_read < promised:
-            self._note(f"{self.frames_read} of {promised} pictures could be decoded")
+        if promised and self.frames_read < promised - self._left_out:
+            self._note(f"{self.frames_read} of {promised - self._left_out} pictures could be decoded")
 
     def _note(self, text: str, pts: int | None = None, more: str = "") -> None:
         """Add a sentence to `damage`, unless it is of a picture outside the range: that is for others to report."""
@@ -395,12 +429,25 @@ def _can_jump(container: av.container.InputContainer, stream: av.video.stream.Vi
     """Whether a jump into this container is sure to arrive where it says.
 
     AVI counts packets instead of timing them: after a jump the count is right only if its index names every packet.
-    Bare streams of pictures have neither.
+    It never says which pictures are shown in which order. Bare streams of pictures have neither.
     """
     name = container.format.name.partition(",")[0]
     if name == "avi":
-        return bool(stream.frames) and len(stream.index_entries) >= stream.frames
+        return (
+            not _only_counts(container, stream) and bool(stream.frames) and len(stream.index_entries) >= stream.frames
+        )
     return name in _TIMED_CONTAINERS
+
+
+def _only_counts(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> bool:
+    """Whether the time stamps of these packets say only where they lie in the file, not when they are shown."""
+    context = stream.codec_context
+    return container.format.name == "avi" and context.name in _UNORDERED_CODECS and context.has_b_frames
+
+
+def _is_packed(container: av.container.InputContainer, packet: Any) -> bool:
+    """Whether this MPEG-4 packet of AVI says that two pictures may lie in one, and the next one is then empty."""
+    return container.format.name == "avi" and packet.is_keyframe and bool(_PACKED.search(bytes(packet)[:4096]))
 
 
 def _first_key(pictures: Iterator[av.VideoFrame], target: int) -> av.VideoFrame | None:

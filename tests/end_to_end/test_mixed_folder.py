@@ -88,7 +88,7 @@ def make_good(folder: Path) -> set[str]:
 
 
 def make_damaged(folder: Path) -> set[str]:
-    """Write 3 files of which a part can be restored."""
+    """Write 4 files of which a part can be restored."""
     before = names(folder)
     data = film(folder / "whole.mp4", frames=40, options={"crf": "1", "g": "8"}).read_bytes()
     start = data.index(b"mdat") + 4
@@ -102,6 +102,7 @@ def make_damaged(folder: Path) -> set[str]:
     data = whole.read_bytes()
     middle = len(data) // 2
     (folder / "hole.mkv").write_bytes(data[:middle] + bytes(2000) + data[middle + 2000 :])
+    (folder / "cut off.mkv").write_bytes(data[: len(data) * 6 // 10])
     whole.unlink()
     return names(folder) - before
 
@@ -159,13 +160,13 @@ def result_of(out: Path, name: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_running")
-def test_forty_mixed_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forty_one_mixed_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     good, damaged, bad = make_good(source), make_damaged(source), make_bad(source)
     if os.access(source / "locked.mp4", os.R_OK):  # a user whom permissions do not stop
         good.add("locked.mp4")
         del bad["locked.mp4"]
-    assert len(good) + len(damaged) + len(bad) == 40
+    assert len(good) + len(damaged) + len(bad) == 41
 
     assert main(["restore", str(source), str(out), "--json"]) == 4  # finished, with failures
     told = json.loads(capsys.readouterr().out)

@@ -63,7 +63,7 @@ def test_every_container_reads_from_a_handle_as_from_a_path(files: dict[str, Pat
                 compared += 1
             assert here.damage == there.damage
         assert fingerprint(remote) == fingerprint(path), name
-        assert remote.all_closed and len(remote.handles) == 6, name
+        assert remote.all_closed and len(remote.handles) == 7, name
     assert compared >= 200
 
 
