@@ -29,7 +29,6 @@ from actors.records import Row, RowOptions, SegmentRecord, segment_stem
 from actors.shot_store import ShotStore
 from infra.storage import storage_for, video_source
 from pipeline.frames import frame_to_tensor, tensor_to_frame
-from pipeline.memory import beside_the_step
 from pipeline.segments import SegmentReport, SegmentWriter, segment_suffix
 from pipeline.state import StreamState
 from pipeline.video import Deinterlace, Limits, VideoFrame, VideoReader
@@ -134,6 +133,8 @@ class Restoration:
     @property
     def beside_bytes(self) -> int:
         """Main memory that this shot needs outside the model: pictures that wait, and the encoder."""
+        from pipeline.memory import beside_the_step
+
         restored = 16 * self._reader.info.width * self._reader.info.height
         written = self.width * self.height
         return beside_the_step(restored_pixels=restored, written_pixels=written, waiting=QUEUE_DEPTH + 2)

@@ -25,12 +25,12 @@ from actors.errors import DecodeMismatch, ModelChanged, SourceChanged, describe_
 from actors.hardware import choose_device, choose_dtype
 from actors.node import require_code, require_seen
 from actors.records import Row
-from actors.restoration import Restoration
 from actors.watchdog import Watchdog
 from infra.model_cache import local_model
 from infra.storage import join, parent, storage_for
 
 if TYPE_CHECKING:
+    from actors.restoration import Restoration
     from actors.step_batch import StepBatch
     from pipeline.engine import Engine
 
@@ -149,6 +149,9 @@ class Upscaler:
         require_version(row["source"], row["source_version"], row["name"])
 
     def _restore(self, row: Row) -> Iterator[Batch]:
+        # Here, because it brings torch and diffusers: whoever starts a job or assembles a film needs neither.
+        from actors.restoration import Restoration
+
         self._require_same_world(row)
         pipe, batch = self._load()
         for from_start in (False, True):
@@ -161,7 +164,8 @@ class Upscaler:
                 step=batch.step,
                 from_start=from_start,
             )
-            if pipe.device.type == "cpu":  # a limit is on main memory then, which pictures and encoder share
+            if pipe.memory_limit_bytes is not None and pipe.device.type == "cpu":
+                # The limit is on main memory then, which pictures and encoder share.
                 pipe.set_aside(self._options.slots * task.beside_bytes)
             try:
                 with batch.row(), task:

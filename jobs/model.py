@@ -37,11 +37,12 @@ def resolve_model(source: str) -> ResolvedModel:
         CheckpointError: it is unknown, incomplete, pickled, or does not fit its configuration.
         StorageError: it is in an object store and cannot be fetched.
     """
-    from pipeline.model_source import built_in_models, is_stand_in, resolve
+    from pipeline.model_source import STAND_IN_SHA256, built_in_models, is_stand_in, resolve, stand_in_step_s
 
+    if is_stand_in(source):
+        stand_in_step_s(source)
+        return ResolvedModel(source, STAND_IN_SHA256)
     local = local_model(source)
-    if is_stand_in(local):
-        return ResolvedModel(source, _identify(local))
     note = cache_folder() / "fingerprints" / _listing(resolve(local))
     sha256 = _noted(note)
     if sha256 is None:
@@ -54,9 +55,9 @@ def resolve_model(source: str) -> ResolvedModel:
 
 
 def _identify(local: str) -> str:
-    from pipeline.engine import identify
+    from pipeline.checkpoint import load_checkpoint
 
-    return identify(local)
+    return load_checkpoint(local).model_sha256
 
 
 def _listing(folder: Path) -> str:

@@ -229,7 +229,8 @@ class RestoreJob:
                     made=made,
                 )
                 run.run(survey.pending, survey.refused, survey.undelivered)
-        self._report.wall_s = time.perf_counter() - began - self._report.ray_start_s
+        ended = self._report.done_at or time.perf_counter()
+        self._report.wall_s = ended - began - self._report.ray_start_s
         self._report.outcomes.sort(key=lambda outcome: outcome.name)
         return self._report
 

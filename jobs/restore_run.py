@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class Report:
     ray_start_s: float = 0.0
     prepare_s: float = 0.0
     wall_s: float = 0.0
+    done_at: float | None = None  # last manifest, on the performance counter; Ray takes a second to stop
     ledger: str | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -224,6 +226,7 @@ class RestoreRun:
                 bar = stack.enter_context(ProgressBar(quiet=self.quiet, lines=runs_in_a_job()))
                 self._restoring(cluster, reporter, bar).run(planning)
             self._deliver(finished, cluster, reporter)
+            self.report.done_at = time.perf_counter()
 
     def _known_plan(self, item: Item, run: str) -> VideoPlan | None:
         """The plan that an earlier run made."""

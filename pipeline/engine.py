@@ -7,34 +7,23 @@ the same as ever, on machines without a GPU too. Its name is ``stand-in:MS``, MS
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
-from hashlib import sha256
-from typing import Final
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import load_checkpoint
-from pipeline.errors import CheckpointError, InputError
+from pipeline.errors import InputError
 from pipeline.flow import FlowName
-from pipeline.model_source import is_stand_in
+from pipeline.model_source import STAND_IN_SHA256, is_stand_in, stand_in_step_s
 from pipeline.state import StreamState
-from pipeline.stream_diffvsr import StreamDiffVSRPipeline
-from pipeline.tiling import TilePlan
 
-_STAND_IN: Final = re.compile(r"stand-in:(\d+(?:\.\d+)?)")
-_LONGEST_MS: Final = 600_000.0
+if TYPE_CHECKING:
+    from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+    from pipeline.tiling import TilePlan
 
-
-def identify(source: str) -> str:
-    """Return a model's fingerprint, which its weights are read for and compared with their configuration.
-
-    Raises:
-        CheckpointError: it is unknown, incomplete, pickled, or does not fit its configuration.
-    """
-    return StandIn(source).model_sha256 if is_stand_in(source) else load_checkpoint(source).model_sha256
+    Engine: TypeAlias = "StreamDiffVSRPipeline | StandIn"
 
 
 def open_engine(
@@ -47,6 +36,8 @@ def open_engine(
     """
     if is_stand_in(source):
         return StandIn(source)
+    from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+
     return StreamDiffVSRPipeline.from_pretrained(
         source, torch_dtype=torch_dtype, device=device, flow=flow, max_pixels=max_pixels
     )
@@ -69,22 +60,17 @@ class StandIn:
     memory_limit_bytes: int | None = None
 
     def __init__(self, source: str) -> None:
-        found = _STAND_IN.fullmatch(source)
-        if found is None or float(found[1]) > _LONGEST_MS:
-            raise CheckpointError(
-                f"{source!r} is no stand-in.",
-                code="stand-in-name",
-                remedy=f"Write stand-in:40 for one of 40 milliseconds a step; {_LONGEST_MS:.0f} at most.",
-            )
-        self._step_s = float(found[1]) / 1000
+        self._step_s = stand_in_step_s(source)
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.flow = _NoFlow()
-        self.model_sha256 = sha256(b"stand-in").hexdigest()  # the time that it takes does not change a pixel
+        self.model_sha256 = STAND_IN_SHA256
 
     @property
     def tiling(self) -> TilePlan:
         """No tiles."""
+        from pipeline.tiling import TilePlan
+
         return TilePlan()
 
     def set_aside(self, beside_bytes: int) -> None:
@@ -117,6 +103,3 @@ class StandIn:
             state.require_model(self.model_sha256)
             state.advance(output_3HW.clone(), input_3HW.clone())
         return output_B3HW
-
-
-Engine = StreamDiffVSRPipeline | StandIn

@@ -77,3 +77,10 @@ def test_the_library_imports_where_there_is_no_cluster_and_no_web_framework(repo
         [sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_driver_and_assembly_leave_torch_to_those_who_restore(repository: Path) -> None:
+    """Torch and diffusers take four seconds to import: nobody who needs neither waits for them."""
+    for module in ("jobs.restore", "jobs.plan", "actors.assemble", "actors.upscaler"):
+        program = f"import {module}, sys; sys.exit(bool({{'torch', 'diffusers'}} & set(sys.modules)))"
+        assert subprocess.run([sys.executable, "-c", program], cwd=repository).returncode == 0, module

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from pipeline.engine import StandIn, identify, open_engine
+from pipeline.engine import StandIn, open_engine
 from pipeline.errors import CheckpointError, InputError, StateError
 from pipeline.model_source import is_stand_in
 from pipeline.state import StreamState
@@ -28,8 +28,8 @@ def test_names_that_are_none_and_states_of_others_are_refused() -> None:
     for name in ("stand-in:", "stand-in:fast", "stand-in:-1", "stand-in:1e9", "stand-in:600001"):
         assert is_stand_in(name)
         with pytest.raises(CheckpointError, match="stand-in"):
-            identify(name)
-    assert not is_stand_in("tiny") and identify("stand-in:1") == identify("stand-in:2.5")
+            StandIn(name)
+    assert not is_stand_in("tiny") and StandIn("stand-in:1").model_sha256 == StandIn("stand-in:2.5").model_sha256
     with pytest.raises(StateError, match="belongs to the model"):
         StandIn("stand-in:0").step(torch.zeros(1, 3, 4, 4), [StreamState(model_sha256="other")])
     with pytest.raises(InputError, match="1 frames and 0 states"):
