@@ -13,33 +13,16 @@ import pytest
 
 from actors.assemble import Assembly, assemble_video, attempt, is_published, read_draft, write_checksum
 from actors.errors import DamagedWork, SourceChanged, UnfaithfulResult
-from actors.upscaler import EngineOptions, Upscaler
+from actors.upscaler import Upscaler
 from infra.errors import StorageError
-from infra.own_code import code_fingerprint
 from infra.settings import Settings
 from infra.storage import storage_for
 from jobs.plan import plan_options, plan_video, rows_of
 from jobs.records import VideoPlan
 from jobs.sources import Item
 from tests.films import frame_hashes, make_film, restore_in_one_go
-from tests.random_model import save_random_model
 
 SHOTS = (9, 5, 12, 7, 4, 10, 8)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_model(tmp_path_factory.mktemp("model") / "random")
-
-
-@pytest.fixture(scope="module")
-def actors(model: Path) -> list[Upscaler]:
-    """Two actors."""
-    engine = EngineOptions(
-        model=str(model), device="cpu", dtype="fp32", flow="auto", threads=1, max_pixels=10**7,
-        version=code_fingerprint(),
-    )  # fmt: skip
-    return [Upscaler(dataclasses.asdict(engine)) for _ in range(2)]
 
 
 def plan_of(source: Path, destination: str, **settings: Any) -> VideoPlan:

@@ -13,8 +13,7 @@ import pytest
 
 from actors.assemble import assemble_video
 from actors.step_batch import StepBatch
-from actors.upscaler import EngineOptions, Upscaler
-from infra.own_code import code_fingerprint
+from actors.upscaler import Upscaler
 from infra.settings import Settings
 from infra.storage import storage_for
 from jobs.plan import plan_options, plan_video, rows_of
@@ -25,25 +24,9 @@ from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 from pipeline.video import EncoderOptions, VideoReader, VideoWriter, probe
 from tests.actors.test_assemble import assembly_of
 from tests.films import frame_hashes, make_film
-from tests.random_model import save_random_model
 
 WARM_UP, SEGMENT = 3, 4
 PARTS = (12, 8, 10)  # of a shot of 30 frames: what is no whole segment is the last part's
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_model(tmp_path_factory.mktemp("model") / "random")
-
-
-@pytest.fixture(scope="module")
-def actors(model: Path) -> list[Upscaler]:
-    """Two actors."""
-    engine = EngineOptions(
-        model=str(model), device="cpu", dtype="fp32", flow="auto", threads=1, max_pixels=10**7,
-        version=code_fingerprint(),
-    )  # fmt: skip
-    return [Upscaler(dataclasses.asdict(engine)) for _ in range(2)]
 
 
 @pytest.fixture(scope="module", params=["progressive", "interlaced"])

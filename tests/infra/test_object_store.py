@@ -135,15 +135,15 @@ def test_large_files_go_in_parts(place: str, tmp_path: Path, monkeypatch: pytest
 
 def test_orphans_of_killed_uploads_are_found_and_aborted(place: str, server: Server) -> None:
     client = server.client()
-    for name in ("work/a", "work/b", "other/c"):
+    for name in ("unfinished/a", "unfinished/b", "other/c"):
         upload = client.create_multipart_upload(Bucket=BUCKET, Key=f"{key_of(place)}/{name}")["UploadId"]
         client.upload_part(
             Bucket=BUCKET, Key=f"{key_of(place)}/{name}", UploadId=upload, PartNumber=1, Body=b"1" * (5 << 20)
         )
-    assert sorted(STORE.abort_uploads(f"{place}/work/")) == [f"{place}/work/a", f"{place}/work/b"]
+    assert sorted(STORE.abort_uploads(f"{place}/unfinished/")) == [f"{place}/unfinished/a", f"{place}/unfinished/b"]
     left = client.list_multipart_uploads(Bucket=BUCKET, Prefix=key_of(place))["Uploads"]
     assert [item["Key"] for item in left] == [f"{key_of(place)}/other/c"]
-    assert list(STORE.abort_uploads(f"{place}/work/")) == []
+    assert list(STORE.abort_uploads(f"{place}/unfinished/")) == []
 
 
 def test_a_folder_of_pictures_is_published(place: str, tmp_path: Path) -> None:
