@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
-from infra.refusals import BadMessage
+from infra.refusals import BadMessage, Refusal
 
 VERSION: Final = 1
 SUBPROTOCOL: Final = "upriver.live.v1"  # offered in Sec-WebSocket-Protocol (RFC 6455, section 1.9), optional
@@ -27,8 +27,8 @@ HELLO_TIMEOUT_S: Final = 5.0
 SMALLEST_SIDE: Final = 16
 LARGEST_SIDE: Final = 8192
 
-# magic, version, kind, flags, level, reason | id | pts | index | acknowledged | granted | 4 timings
-_HEADER: Final = struct.Struct("!2sBBHBBQqQQQIIII")
+# magic, version, kind, flags, level, reason | id | pts | index, receipt | acknowledged | granted | 4 timings
+_HEADER: Final = struct.Struct("!2sBBHBBQqIIQQIIII")
 HEADER_BYTES: Final = _HEADER.size
 assert HEADER_BYTES == 64
 _U64: Final = 2**64 - 1
@@ -73,9 +73,12 @@ class FrameHeader:
         id: number of the frame, chosen by the client, growing by one from frame to frame.
         pts: presentation time in the client's own units; comes back as it was sent.
         flags, reason: see `Flag` and `DropReason`.
-        level: (out) denoising steps that the frame got; 0 is a plain resize.
+        level: (out) denoising steps that the frame got; 0 is a plain resize. (in) of a frame that is sent again
+            because its replica died: the level of the answer that the client already has.
         index: (out) number of the frame in the restored stream, which counts no dropped frames.
-        acknowledged: (in) all outputs with a smaller id have arrived; (out) all frames with a smaller id are durable:
+        receipt: (out) a random number. (in) that of the answer before `acknowledged`: what proves that it has been
+            read. So nobody can make the service buffer more than a window.
+        acknowledged: (in) all answers with a smaller id have arrived; (out) all frames with a smaller id are durable:
             the client need not keep them.
         granted: (out) how many frames the client may have sent since the stream was opened.
         decode_us, queue_us, step_us, encode_us: (out) how long the frame's stations took, in microseconds.
@@ -87,6 +90,7 @@ class FrameHeader:
     level: int = 0
     reason: DropReason = DropReason.NONE
     index: int = 0
+    receipt: int = 0
     acknowledged: int = 0
     granted: int = 0
     decode_us: int = 0
@@ -106,7 +110,8 @@ class FrameHeader:
             self.reason,
             self.id,
             self.pts,
-            self.index,
+            self.index & _U32,
+            self.receipt,
             self.acknowledged,
             self.granted,
             *timings,
@@ -134,9 +139,7 @@ class FrameHeader:
             reason = DropReason(reason)
         except ValueError:
             raise _bad(f"A frame's header has the unknown reason {reason}.") from None
-        id_, pts, index, acknowledged, granted, *timings = fields[6:]
-        header = cls(id_, pts, Flag(flags), level, reason, index, acknowledged, granted, *timings)
-        return header, memoryview(message)[HEADER_BYTES:]
+        return cls(*fields[6:8], Flag(flags), level, reason, *fields[8:]), memoryview(message)[HEADER_BYTES:]
 
 
 class _Message(BaseModel):
@@ -178,7 +181,7 @@ class Resume(_Message):
 
     Attributes:
         session, token: from the `Welcome`.
-        received: all outputs with a smaller id have arrived.
+        received: all answers with a smaller id have arrived.
     """
 
     session: str = Field(min_length=1, max_length=64)
@@ -220,7 +223,6 @@ class Welcome(_Message):
         max_message_bytes: the largest frame accepted, header included.
         model_sha256: of the model that restores.
         resumable: whether the stream can go on elsewhere when its replica goes away.
-        restarted: a resumed stream whose state was lost begins anew: its next frame is marked `Flag.RESET`.
     """
 
     type: Literal["welcome"] = "welcome"
@@ -240,7 +242,6 @@ class Welcome(_Message):
     idle_timeout_s: float
     max_life_s: float
     resumable: bool
-    restarted: bool = False
 
 
 class Reset(_Message):
@@ -264,10 +265,11 @@ class AskStats(_Message):
 
 
 class Delivered(_Message):
-    """From the client: all outputs with a smaller id have arrived. For clients that send frames seldom."""
+    """From the client: all answers with a smaller id have arrived. For clients that send frames seldom."""
 
     type: Literal["delivered"] = "delivered"
     below: int = Field(ge=0, le=_U64)
+    receipt: int = Field(ge=0, le=_U32)
 
 
 class Close(_Message):
@@ -359,6 +361,11 @@ def parse_answer(text: str | bytes) -> dict[str, Any]:
 def dump(message: BaseModel) -> str:
     """Return a message as text. Secrets are written out: this is what travels."""
     return json.dumps(message.model_dump(mode="python"), default=_reveal, separators=(",", ":"))
+
+
+def dump_refusal(refusal: Refusal) -> str:
+    """Return a refusal as text."""
+    return json.dumps(refusal.to_message(), separators=(",", ":"))
 
 
 def _reveal(value: object) -> str:

@@ -1,0 +1,160 @@
+"""The live service as a Ray Serve application: each replica is one `LiveServer` with its own ingress.
+
+A stream's socket ends at the replica that holds its state, so its frames always meet it. When Serve stops a replica
+(upgrade, scale-down, deletion), it hands its streams over as soon as another one runs. Models are named by the
+deployment's `user_config`, which Serve can change without restarting replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+from actors.live_server import LiveConfig, LiveServer
+from actors.state_holder import HeldStates, holder
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve import Application
+
+    from actors.live_engine import LiveEngine
+
+logger = logging.getLogger(__name__)
+
+APPLICATION: Final = "upriver"
+_ASK_S: Final = 20.0
+
+
+class EngineConfig(BaseModel):
+    """How models are loaded, as the settings of the same names say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    device: str = "auto"
+    dtype: str = "auto"
+    flow: str = "auto"
+
+
+class ModelList(BaseModel):
+    """The deployment's `user_config`: names, folders, hub ids or s3:// places of models; the first is the default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    models: list[str] = Field(default=["tiny"], min_length=1)
+
+
+def _build() -> FastAPI:
+    from actors.live_app import make_app
+
+    def server() -> LiveServer:
+        endpoint: Endpoint = serve.get_replica_context().servable_object  # type: ignore[assignment]
+        return endpoint.server
+
+    return make_app(server)
+
+
+class Endpoint:
+    """One replica. Loads its models before it counts as ready."""
+
+    def __init__(self, config: dict[str, Any], engine: dict[str, Any]) -> None:
+        self._config = LiveConfig(**config)
+        self._engine_config = EngineConfig(**engine)
+        context = serve.get_replica_context()
+        actor = holder(
+            context.app_name,
+            kept_s=self._config.idle_timeout_s + 60.0,
+            most_bytes=self._config.state_bytes,
+        )
+        self._replica = context.replica_tag
+        self._holder: Any = actor
+        self.server = LiveServer(self._config, {}, states=HeldStates(actor))
+        self._tasks: list[asyncio.Task[None]] = []
+        self._started = False
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Load the models that are not there yet; streams keep the one that they began with until they end."""
+        wanted = ModelList(**user_config).models
+        loop = asyncio.get_running_loop()
+        if not self._started:
+            self._started = True
+            self.server.start()
+            self._tasks.append(loop.create_task(self._watch_for_drain()))
+        engines: dict[str, LiveEngine] = {}
+        for name in wanted:
+            known = self.server.engines.get(name)
+            engines[name] = known or await loop.run_in_executor(None, self._load, name)
+            if known is None:
+                await self.server.stepper.in_thread(engines[name].warm)
+        self.server.engines.clear()
+        self.server.engines.update(engines)
+
+    def _load(self, name: str) -> LiveEngine:
+        import torch
+
+        from actors.hardware import choose_device, choose_dtype, usable_cores
+        from actors.live_engine import LiveEngine
+        from infra.model_cache import local_model
+        from pipeline.engine import open_engine
+
+        options, device = self._engine_config, choose_device(self._engine_config.device)
+        threads = self._config.threads or usable_cores()
+        torch.set_num_threads(threads)
+        pipe = open_engine(
+            local_model(name),
+            torch_dtype=choose_dtype(options.dtype, device),
+            device=device,
+            flow=None if options.flow == "auto" else options.flow,  # type: ignore[arg-type]  # checked when loaded
+            max_pixels=self._config.max_pixels,
+        )
+        return LiveEngine(pipe, name, largest_batch=self._config.largest_batch, threads=threads)
+
+    async def _watch_for_drain(self) -> None:
+        while True:
+            try:
+                if await self._holder.told_to_go.remote(self._replica, _ASK_S):
+                    break
+            except Exception as error:  # the holder restarts
+                logger.warning("the keeper of states does not answer: %s", error)
+                await asyncio.sleep(1.0)
+        logger.info("this replica is being stopped: %d streams are handed over", len(self.server.connections))
+        await self.server.drain()
+
+    async def __del__(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self.server.stop()
+
+
+def make_application(
+    *,
+    models: list[str],
+    live: LiveConfig,
+    engine: EngineConfig,
+    replicas: int = 1,
+    num_gpus: float = 0.0,
+    num_cpus: float = 1.0,
+    drain_s: float = 60.0,
+) -> Application:
+    """Return the application for `serve.run`.
+
+    Args:
+        replicas: each holds all models.
+        num_gpus, num_cpus: what a replica reserves.
+        drain_s: how long a replica that is stopped may take to hand its streams over.
+    """
+    deployment = serve.deployment(
+        serve.ingress(_build)(Endpoint),
+        name="live",
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
+        # Streams are counted and refused by the replica itself, in words; Serve must not queue them before.
+        max_ongoing_requests=4 * live.most_sessions + 100,
+        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        user_config=ModelList(models=models).model_dump(),
+    )
+    return deployment.bind(live.model_dump(), engine.model_dump())

@@ -1,0 +1,174 @@
+"""The web application of the live service: FastAPI routes around a `LiveServer`. Knows no Ray.
+
+Every route but the health checks and the page asks who is there. Refusals are JSON of one shape, see `infra.refusals`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, WebSocket
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.websockets import WebSocketDisconnect, WebSocketState
+
+from actors.live_server import LiveServer
+from infra.protocol import SUBPROTOCOL, WEBSOCKET_MESSAGE_LIMIT
+from infra.refusals import AdmissionRefused, BadMessage, Refusal
+
+logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).parent / "page"
+_LONGEST_REASON = 120  # bytes: RFC 6455, section 5.5, leaves 123 for a close frame's reason
+
+
+class ModelCard(BaseModel):
+    """One model that streams can ask for.
+
+    Attributes:
+        model_sha256: fingerprint of its weights and configuration.
+        step_ms: what a frame of 320x180 costs at each number of steps, as far as it is known.
+    """
+
+    name: str
+    model_sha256: str
+    default: bool
+    step_ms: dict[str, float]
+
+
+class Models(BaseModel):
+    """All models of the replica that answered."""
+
+    models: list[ModelCard]
+
+
+class Health(BaseModel):
+    """`ok`, or why not."""
+
+    status: str
+    streams: int = 0
+
+
+class Problem(BaseModel):
+    """Why something was refused: see `infra.refusals.Refusal`."""
+
+    type: str = "refused"
+    kind: str
+    code: str
+    message: str
+    limit: str
+    remedy: str
+    retry_after_s: float | None
+
+
+class WebSocketChannel:
+    """A WebSocket as `actors.live_connection.Channel`."""
+
+    message_limit = WEBSOCKET_MESSAGE_LIMIT
+
+    def __init__(self, socket: WebSocket) -> None:
+        self.socket = socket
+
+    async def receive(self) -> str | bytes | None:
+        """Return the next message; None when the client has gone."""
+        message = await self.socket.receive()
+        if message["type"] == "websocket.disconnect":
+            return None
+        text: str | None = message.get("text")
+        return text if text is not None else message.get("bytes") or b""
+
+    async def send(self, message: str | bytes) -> None:
+        """Send a message; to a client that has gone, nothing."""
+        if self.socket.application_state is not WebSocketState.CONNECTED:
+            return
+        try:
+            if isinstance(message, str):
+                await self.socket.send_text(message)
+            else:
+                await self.socket.send_bytes(message)
+        except (WebSocketDisconnect, RuntimeError, OSError):  # RuntimeError: sent after the close, by ASGI's rules
+            logger.debug("a message to a client that has gone")
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close the socket; once."""
+        if self.socket.application_state is WebSocketState.CONNECTED:
+            await self.socket.close(code, reason[:_LONGEST_REASON])
+
+
+def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
+    """Return the application.
+
+    Args:
+        get_server: returns the replica's server; asked at each request, because the application is made before it.
+    """
+    app = FastAPI(
+        title="Upriver",
+        summary="Live video super-resolution: each frame is restored from the frames before it.",
+        version="1",
+        docs_url=None,  # its page loads scripts from elsewhere; the document itself is at /openapi.json
+        redoc_url=None,
+        responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
+    )
+    server = Annotated[LiveServer, Depends(get_server)]
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        return problem(refusal)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return problem(
+            BadMessage(
+                f"{place} is not possible: {first['msg']}.", code="bad-request", remedy="See GET /openapi.json."
+            )
+        )
+
+    @app.get("/healthz", summary="Whether the process is alive")
+    async def healthz() -> Health:
+        return Health(status="ok")
+
+    @app.get("/readyz", summary="Whether it restores: models are loaded and have made a step")
+    async def readyz(server: server) -> Health:
+        if server.draining:
+            raise AdmissionRefused(
+                "This replica is going away.", code="draining", remedy="Ask another one.", retry_after_s=1.0
+            )
+        return Health(status="ok", streams=len(server.connections))
+
+    @app.get("/v1/models", summary="The models that streams can ask for")
+    async def models(server: server) -> Models:
+        cards = []
+        for number, engine in enumerate(server.engines.values()):
+            step_ms = {str(steps): round(1000 * engine.cost_s(180, 320, steps), 3) for steps in (4, 2, 1)}
+            cards.append(
+                ModelCard(
+                    name=engine.name, model_sha256=engine.model_sha256, default=number == 0, step_ms=step_ms
+                )
+            )
+        return Models(models=cards)
+
+    @app.websocket("/v1/streams")
+    async def streams(socket: WebSocket) -> None:
+        offered = socket.scope.get("subprotocols") or []
+        # Accepted before anything is refused: what is refused before it reaches clients as HTTP 500 through Ray Serve.
+        await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        await get_server().serve(WebSocketChannel(socket))
+
+    return app
+
+
+def problem(refusal: Refusal) -> Response:
+    """Return a refusal as an answer to a request, with Retry-After (RFC 9110, section 10.2.3) where it has one."""
+    headers: dict[str, str] = {}
+    if refusal.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, round(refusal.retry_after_s)))
+    body: dict[str, Any] = refusal.to_message()
+    return JSONResponse(body, status_code=refusal.http_status, headers=headers)
+
+

@@ -1,0 +1,441 @@
+"""One client's connection: messages in, frames through decoder, session, stepper and encoder, messages out.
+
+Three coroutines: one reads, one writes, one looks at the clock and saves the state. The session decides; this moves.
+Codecs run in a pool of threads, one picture of a stream at a time. Knows no transport: WebSocket and gRPC are channels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never
+
+from actors.errors import describe_failure
+from actors.frame_codec import FrameDecoder, FrameEncoder, Undecodable, open_decoder, open_encoder
+from actors.pictures import resize
+from actors.session import Answer, Incoming, Session, SessionState
+from actors.state_book import Snapshot, StateStore
+from actors.stepper import Seat, Stepper
+from infra import protocol
+from infra.protocol import DropReason, Flag, FrameHeader, Lossless
+from infra.refusals import (
+    NORMAL_CLOSURE,
+    SERVICE_RESTART,
+    FrameTooLarge,
+    Refusal,
+    ServiceFailure,
+    StateLost,
+)
+from pipeline.frames import tensor_to_frame
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from actors.live_engine import LiveEngine
+
+logger = logging.getLogger(__name__)
+
+_WATCH_S: Final = 0.25
+_FIRST: Final = asyncio.FIRST_COMPLETED
+_T = TypeVar("_T")
+
+
+class Channel(Protocol):
+    """A transport's end of one stream.
+
+    Attributes:
+        message_limit: bytes of the largest message that the transport carries.
+    """
+
+    message_limit: int
+
+    async def receive(self) -> str | bytes | None:
+        """Return the next message; None when the client has gone."""
+
+    async def send(self, message: str | bytes) -> None:
+        """Send a message; to a client that has gone, nothing."""
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close the stream; once."""
+
+
+class _ClientGone(Exception):
+    """The connection is lost; the stream may be resumed."""
+
+
+class _Drained(Exception):
+    """The replica goes away."""
+
+
+class LiveConnection:
+    """See the module; `run` is the whole life of a stream on this replica.
+
+    Args:
+        charge: takes the pixels of a frame that came, returns how many seconds its tenant is too fast.
+        out_size: width and height of the restored pictures, for frames of the size in the hello.
+        state_interval_s: between two snapshots of the state.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        engine: LiveEngine,
+        channel: Channel,
+        *,
+        stepper: Stepper,
+        states: StateStore,
+        codecs: Executor,
+        charge: Callable[[int, float], float],
+        max_pixels: int,
+        max_message_bytes: int,
+        state_interval_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.session, self.engine = session, engine
+        self._channel, self._stepper, self._states, self._codecs = channel, stepper, states, codecs
+        self._charge, self._clock = charge, clock
+        self._max_message_bytes, self._state_interval_s = max_message_bytes, state_interval_s
+        hello = session.hello
+        self._decoder: FrameDecoder = open_decoder(hello.codec_in, hello.width, hello.height, max_pixels=max_pixels)
+        self._encoder: FrameEncoder = open_encoder(hello.codec_out, quality=hello.quality, fps=hello.fps)
+        self._outbox: asyncio.Queue[Answer | str | None] = asyncio.Queue()
+        self._undecoded: dict[int, Incoming] = {}
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unsent = 0  # answers in the outbox or at the encoder
+        self._told_granted = session.granted
+        self._told_durable = session.durable_below
+        self._saved: deque[int] = deque()
+        self._save_due = False
+        self._saving: asyncio.Task[None] | None = None
+        self._last_save = clock()
+        self._moved = asyncio.Event()  # something was sent, or freed without an answer
+        self._ended = asyncio.Event()
+        self._writer: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Serve the stream until it ends, in whatever way; never raises but for a cancellation."""
+        session = self.session
+        seat = Seat(session, self.engine, self._answer, self._fail)
+        self._stepper.seats[str(session.key)] = seat
+        tasks = [asyncio.create_task(one) for one in (self._read(), self._write(), self._watch())]
+        self._writer = tasks[1]
+        try:
+            await asyncio.wait([*tasks, self._failed], return_when=_FIRST)
+            outcome = self._failed if self._failed.done() else next(task for task in tasks if task.done())
+            await self._end(outcome.exception() if not outcome.cancelled() else _Drained())
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._stepper.seats.get(str(session.key)) is seat:
+                del self._stepper.seats[str(session.key)]
+            await self._release()
+            self._ended.set()
+
+    async def drain(self) -> None:
+        """Hand the stream over: finish the frame in hand, save the state, tell the client where to go on."""
+        if not self._failed.done():
+            self._failed.set_exception(_Drained())
+        await self._ended.wait()
+
+    # How it ends
+
+    async def _end(self, error: BaseException | None) -> None:
+        session = self.session
+        if error is None:  # closed by the client, everything answered
+            session.move(SessionState.CLOSED)
+            await self._states.close(session.key, session.epoch)
+            totals = session.totals
+            last = protocol.Closed(frames_in=totals.frames_in, frames_out=totals.frames_out)
+            await self._say_and_close(protocol.dump(last), NORMAL_CLOSURE, "closed")
+        elif isinstance(error, _Drained):
+            await self._hand_over()
+        elif isinstance(error, _ClientGone):
+            await self._step_out()
+            await self._save_last()
+            session.move(SessionState.CLOSED)
+        else:
+            await self._refuse(error)
+
+    async def _hand_over(self) -> None:
+        session = self.session
+        session.move(SessionState.DRAINING)
+        await self._step_out()
+        await self._flush()
+        await self._save_last()
+        drain = protocol.Drain(session=session.key.session, resume_at=session.stepped_below)
+        await self._say_and_close(protocol.dump(drain), SERVICE_RESTART, "drain")
+        session.move(SessionState.CLOSED)
+
+    async def _refuse(self, error: BaseException) -> None:
+        session = self.session
+        if not isinstance(error, Refusal):
+            failure = describe_failure(error)
+            logger.error("stream %s failed", session.key, exc_info=error)
+            error = ServiceFailure(
+                f"A frame could not be restored: {failure['message']}", code=failure["code"], remedy=failure["remedy"]
+            )
+        session.move(SessionState.FAILED)
+        if not isinstance(error, StateLost):  # another replica goes on with it: not ours to close
+            await self._states.close(session.key, session.epoch)
+        logger.info("stream %s is refused: %s", session.key, error.code)
+        await self._say_and_close(protocol.dump_refusal(error), error.close_code, error.code)
+
+    async def _say_and_close(self, message: str, code: int, reason: str) -> None:
+        try:
+            await self._channel.send(message)
+            await self._channel.close(code, reason)
+        except Exception as error:  # the client may have gone meanwhile; there is nobody to tell
+            logger.debug("stream %s: the last message was not sent: %s", self.session.key, error)
+
+    async def _step_out(self) -> None:
+        """Take no more frames, and wait for the one in hand."""
+        self._stepper.seats.pop(str(self.session.key), None)
+        while self.session.in_step is not None:
+            await self._stepper.idle()
+            await asyncio.sleep(0)
+
+    async def _flush(self) -> None:
+        assert self._writer is not None
+        while self._unsent and not self._writer.done():
+            self._moved.clear()
+            await asyncio.wait([self._writer, moved := asyncio.ensure_future(self._moved.wait())], return_when=_FIRST)
+            moved.cancel()
+
+    async def _release(self) -> None:
+        if self._saving is not None:
+            self._saving.cancel()
+            await asyncio.gather(self._saving, return_exceptions=True)
+        for codec in (self._decoder, self._encoder):
+            try:
+                await self._in_pool(codec.close)
+            except Exception:
+                logger.exception("stream %s: a codec could not be closed", self.session.key)
+        if not self.session.is_over:
+            self.session.move(SessionState.CLOSED)
+        self.session.wipe()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+
+    # Messages in
+
+    async def _read(self) -> None:
+        while True:
+            message = await self._channel.receive()
+            if message is None:
+                raise _ClientGone
+            if isinstance(message, str):
+                if await self._control(message):
+                    return
+                continue
+            if len(message) > self._max_message_bytes:
+                raise FrameTooLarge(
+                    f"A frame's message has {len(message)} bytes.",
+                    limit=f"{self._max_message_bytes} bytes for frames of the size in the hello",
+                    remedy="Say the largest size of the stream's frames in its hello, or compress them more.",
+                )
+            await self._frame(message)
+
+    async def _control(self, text: str) -> bool:
+        """Do what a control message says; True if it ends the stream."""
+        message = protocol.parse_control(text)
+        match message:
+            case protocol.Reset():
+                self.session.mark_cut()
+            case protocol.Resize():
+                self._decoder.resize(message.width, message.height)
+            case protocol.AskStats():
+                await self._outbox.put(protocol.dump(self.session.stats()))
+            case protocol.Delivered():
+                self._acknowledge(message.below, message.receipt)
+            case protocol.Close():
+                await self._finish_all()
+                return True
+            case _:
+                assert_never(message)
+        return False
+
+    async def _finish_all(self) -> None:
+        for decoded in await self._in_pool(self._decoder.flush):
+            self._decoded(decoded.id, decoded.rgb_HWC)
+        while self.session.waiting or self.session.in_step is not None or self._unsent:
+            self._moved.clear()
+            self._stepper.wake()
+            await self._moved.wait()
+
+    async def _frame(self, message: bytes) -> None:
+        session = self.session
+        header, payload = FrameHeader.unpack(message)
+        now = self._clock()
+        self._acknowledge(header.acknowledged, header.receipt)
+        frame = session.arrive(header, now)
+        if frame.reason is not DropReason.NONE:
+            self._answer(session.drop(frame, frame.reason))
+            return
+        too_fast_s = self._charge(session.hello.width * session.hello.height, now)
+        if too_fast_s > 0 and not frame.replayed:
+            if isinstance(session.hello.policy, Lossless):
+                session.not_before = max(session.not_before, now + too_fast_s)
+            else:
+                frame.reason = DropReason.RATE
+        if frame.reason is DropReason.NONE or session.hello.codec_in == "h264":
+            await self._decode(frame, payload, header.flags)
+        else:
+            self._take_place(frame)
+
+    async def _decode(self, frame: Incoming, payload: memoryview, flags: Flag) -> None:
+        self._undecoded[frame.id] = frame
+        try:
+            pictures = await self._in_pool(self._decoder.decode, payload, frame.id, Flag.KEY in flags)
+        except Undecodable as error:
+            logger.debug("stream %s, frame %d: %s", self.session.key, frame.id, error)
+            frame.reason = DropReason.UNDECODABLE
+            self._undecoded.pop(frame.id, None)
+            self._take_place(frame)
+            return
+        for picture in pictures:
+            self._decoded(picture.id, picture.rgb_HWC)
+
+    def _decoded(self, id_: int, rgb_HWC: NDArray[np.uint8]) -> None:
+        frame = self._undecoded.pop(id_, None)
+        if frame is None:
+            return
+        frame.rgb_HWC, frame.ready = rgb_HWC, self._clock()
+        self._take_place(frame)
+
+    def _take_place(self, frame: Incoming) -> None:
+        if frame.id < self.session.resume_at:
+            self.session.release(frame)  # only the decoder needed it
+            self._tell_granted()
+            return
+        self.session.wait(frame)
+        self._stepper.wake()
+
+    # Messages out
+
+    def _answer(self, answer: Answer) -> None:
+        if self._save_due and self.session.in_step is None:
+            self._save()
+        if answer.frame.replayed:
+            self.session.release(answer.frame)
+            self._tell_granted()
+            self._moved.set()
+            return
+        self._unsent += 1
+        self._outbox.put_nowait(answer)
+
+    async def _write(self) -> None:
+        while True:
+            item = await self._outbox.get()
+            if not isinstance(item, Answer):
+                await self._channel.send(item or "")
+                continue
+            began = self._clock()
+            payload, key = await self._in_pool(self._encode, item) if item.reason is DropReason.NONE else (b"", False)
+            now = self._clock()
+            header = self.session.header(item, now=now, encode_us=round(1e6 * (now - began)), key=key)
+            self._told_granted, self._told_durable = header.granted, header.acknowledged
+            item.output = None
+            await self._channel.send(header.pack(payload))
+            self._unsent -= 1
+            self._moved.set()
+            if self.session.life is SessionState.WARMING:
+                self.session.move(SessionState.LIVE)
+
+    def _encode(self, answer: Answer) -> tuple[bytes | memoryview, bool]:
+        rgb_HWC = answer.frame.rgb_HWC
+        assert rgb_HWC is not None
+        width, height = output_size(self.session.hello, rgb_HWC.shape[1], rgb_HWC.shape[0])
+        if answer.output is None:
+            picture = resize(rgb_HWC, width, height, "cubic")
+        else:
+            picture = resize(tensor_to_frame(answer.output, rgb_HWC.dtype), width, height)
+        answer.frame.rgb_HWC = None
+        fresh = bool(answer.flags & (Flag.RESET | Flag.RESUMED))
+        encoded = self._encoder.encode(picture, answer.frame.id, force_key=fresh)
+        (only,) = encoded  # the encoders of live streams hold nothing back
+        return only.payload, only.key
+
+    def _acknowledge(self, below: int, receipt: int) -> None:
+        session = self.session
+        session.acknowledge(below, receipt, self._clock())
+        while self._saved and self._saved[0] <= session.received:
+            session.durable_below = self._saved.popleft()
+        self._tell_granted()
+
+    def _tell_granted(self) -> None:
+        """Tell of new credit by a message of its own if no answer will do it soon."""
+        session = self.session
+        quiet = not self._unsent and not session.waiting and session.in_step is None
+        if session.granted > self._told_granted and quiet:
+            self._told_granted = session.granted
+            self._outbox.put_nowait(protocol.dump(protocol.Granted(frames=session.granted)))
+
+    # Time, and the state
+
+    async def _watch(self) -> None:
+        session = self.session
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            now = self._clock()
+            session.check_times(now)
+            self._tell_granted()
+            if session.durable_below > self._told_durable:
+                self._told_durable = session.durable_below
+                await self._outbox.put(protocol.dump(protocol.Durable(below=session.durable_below)))
+            news = session.stepped_below > max(self._saved[-1] if self._saved else 0, session.durable_below)
+            if news and now - self._last_save >= self._state_interval_s and self._saving is None:
+                self._save_due = True
+                if session.in_step is None:
+                    self._save()
+
+    def _save(self) -> None:
+        """Save the state as it is now, between two steps; off the way of the frames."""
+        self._save_due = False
+        self._last_save = self._clock()
+        # A step replaces the tensors and leaves the old ones as they are: a thread may write them later.
+        state, below = dataclasses.replace(self.session.stream), self.session.stepped_below
+        self._saving = asyncio.create_task(self._put(state.to_bytes, below))
+        self._saving.add_done_callback(self._saved_state)
+
+    def _saved_state(self, task: asyncio.Task[None]) -> None:
+        self._saving = None
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, StateLost):
+            self._fail(error)  # another replica has the stream
+        else:
+            logger.warning("stream %s: its state was not saved: %s", self.session.key, error)
+
+    async def _put(self, to_bytes: Callable[[], bytes], below: int) -> None:
+        session = self.session
+        snapshot = Snapshot(below, await self._in_pool(to_bytes))
+        await self._states.put(session.key, session.epoch, snapshot, session.received)
+        self._saved.append(below)
+
+    async def _save_last(self) -> None:
+        """Save the state after the last frame; a failure only means that the client has to send more again."""
+        if self._saving is not None:
+            await asyncio.gather(self._saving, return_exceptions=True)
+        try:
+            await self._put(dataclasses.replace(self.session.stream).to_bytes, self.session.stepped_below)
+        except Exception as error:
+            logger.warning("stream %s: its last state was not saved: %s", self.session.key, error)
+
+    async def _in_pool(self, work: Callable[..., _T], *arguments: object) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._codecs, work, *arguments)
+
+
+def output_size(hello: protocol.Hello, width: int, height: int) -> tuple[int, int]:
+    """Return width and height of the restored picture of a frame of this size."""
+    if hello.out_height is None:
+        return width * hello.scale, height * hello.scale
+    return max(2, 2 * round(width * hello.out_height / height / 2)), hello.out_height  # even: see actors.output

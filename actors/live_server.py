@@ -1,0 +1,320 @@
+"""One replica's live service: models, sessions, admission, hand-over. Knows no transport and no Ray.
+
+`serve` takes a channel from its hello to its end; `drain` hands every stream over. The endpoint puts WebSocket, gRPC and
+Ray Serve around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from actors.admission import Admission
+from actors.frame_codec import largest_message_bytes
+from actors.hardware import usable_cores
+from actors.live_connection import Channel, LiveConnection, output_size
+from actors.session import Session, SessionKey, SessionLimits, SessionState, window_for
+from actors.state_book import LocalStates, Snapshot, StateStore, Takeover
+from actors.stepper import Stepper
+from infra import protocol
+from infra.protocol import HEADER_BYTES, HELLO_TIMEOUT_S, Hello, Welcome
+from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, Refusal, ServiceFailure, StateLost, TimedOut
+from pipeline.state import StreamState
+
+if TYPE_CHECKING:
+    from actors.live_engine import LiveEngine
+
+logger = logging.getLogger(__name__)
+
+_ABOUT_MODEL: Final = "model_sha256"
+
+
+class LiveConfig(BaseModel):
+    """What a replica needs to know to serve streams; sizes in pixels and bytes, times in seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    most_sessions: int = Field(default=32, ge=1, le=4096)
+    most_load: float = Field(default=0.9, gt=0, le=10)
+    most_hellos: int = Field(default=64, ge=1, le=4096)
+    max_pixels: int = Field(default=1920 * 1080, ge=256)
+    window: int = Field(default=16, ge=2, le=256)
+    idle_timeout_s: float = Field(default=60.0, gt=0)
+    max_life_s: float = Field(default=24 * 3600.0, gt=0)
+    unread_timeout_s: float = Field(default=30.0, gt=0)
+    hello_timeout_s: float = Field(default=HELLO_TIMEOUT_S, gt=0, le=60)
+    state_interval_s: float = Field(default=1.0, gt=0)
+    state_bytes: int = Field(default=4 << 30, ge=1 << 20)
+    largest_batch: int = Field(default=8, ge=1, le=64)
+    threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a step; 0: all cores")
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """Whom a stream belongs to.
+
+    Attributes:
+        tenant: its name.
+        charge: takes the pixels of a frame and the time, returns how many seconds too early it came.
+        leave: gives back what the stream took of the tenant's limits.
+    """
+
+    tenant: str
+    charge: Callable[[int, float], float]
+    leave: Callable[[], None]
+
+
+Gate = Callable[[protocol.Credentials, Channel], Awaitable[Guest]]
+
+
+async def open_gate(credentials: protocol.Credentials, channel: Channel) -> Guest:
+    """Let everybody in, as one tenant without limits."""
+    return Guest("public", lambda pixels, now: 0.0, lambda: None)
+
+
+class LiveServer:
+    """See the module. Everything but codecs and steps runs in one event loop.
+
+    Args:
+        engines: loaded and warm, by name; the first one is the default.
+        gate: who may come in; raises `Unauthorized` or another refusal.
+    """
+
+    def __init__(
+        self,
+        config: LiveConfig,
+        engines: dict[str, LiveEngine],
+        *,
+        states: StateStore | None = None,
+        gate: Gate = open_gate,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.engines = engines
+        self.stepper = Stepper(clock=clock)
+        self.connections: dict[SessionKey, LiveConnection] = {}
+        self.refused: dict[str, int] = {}
+        self.draining = False
+        self._states = states or LocalStates()
+        self._gate, self._clock = gate, clock
+        self._admission = Admission(config.most_sessions, config.most_load)
+        self._codecs = ThreadPoolExecutor(usable_cores(), thread_name_prefix="upriver-codec")
+        self._hellos = 0
+
+    def start(self) -> None:
+        """Begin; in the event loop that will serve."""
+        self.stepper.start()
+
+    async def stop(self) -> None:
+        """Hand every stream over, then end."""
+        await self.drain()
+        await self.stepper.stop()
+        self._codecs.shutdown(wait=False)
+
+    async def drain(self) -> None:
+        """Take no more streams, and hand over those that are there."""
+        self.draining = True
+        await asyncio.gather(*(connection.drain() for connection in list(self.connections.values())))
+
+    async def serve(self, channel: Channel) -> None:
+        """Serve one stream from its hello to its end."""
+        guest: Guest | None = None
+        try:
+            hello = await self._hello(channel)
+            self._require_open()
+            guest = await self._gate(hello.credentials, channel)
+            connection, welcome = await self._open(hello, guest, channel)
+        except Refusal as refusal:
+            if guest is not None:
+                guest.leave()
+            await self._refuse(channel, refusal)
+            return
+        except Exception:
+            logger.exception("a stream could not be opened")
+            if guest is not None:
+                guest.leave()
+            await self._refuse(channel, ServiceFailure("The stream could not be opened.", remedy="Try again."))
+            return
+        key = connection.session.key
+        try:
+            await channel.send(protocol.dump(welcome))
+            await connection.run()
+        finally:
+            if self.connections.get(key) is connection:
+                del self.connections[key]
+            guest.leave()
+
+    async def _hello(self, channel: Channel) -> Hello:
+        if self._hellos >= self.config.most_hellos:
+            raise AdmissionRefused(
+                f"{self._hellos} clients have connected and not said hello.",
+                code="hellos-full",
+                limit=f"{self.config.most_hellos} connections without a hello",
+                remedy="Try again.",
+                retry_after_s=1.0,
+            )
+        self._hellos += 1
+        try:
+            async with asyncio.timeout(self.config.hello_timeout_s):
+                message = await channel.receive()
+        except TimeoutError:
+            raise TimedOut(
+                f"No hello came within {self.config.hello_timeout_s:g} s.",
+                code="hello-late",
+                limit=f"{self.config.hello_timeout_s:g} s",
+                remedy="Send the hello as soon as the stream is open.",
+            ) from None
+        finally:
+            self._hellos -= 1
+        if not isinstance(message, str):
+            raise BadMessage("The first message of a stream must be a hello.", remedy="Send a JSON text message.")
+        return protocol.parse_hello(message)
+
+    def _require_open(self) -> None:
+        if self.draining:
+            raise AdmissionRefused(
+                "This replica is going away.", code="draining", remedy="Connect again.", retry_after_s=0.1
+            )
+
+    async def _open(self, hello: Hello, guest: Guest, channel: Channel) -> tuple[LiveConnection, Welcome]:
+        config = self.config
+        self._require_size(hello, channel)
+        takeover: Takeover | None = None
+        engine = self._engine(hello)
+        if hello.resume is not None:
+            key = SessionKey(guest.tenant, hello.resume.session)
+            await self._leave_to_newer(key)
+            takeover = await self._states.take_over(
+                key, hello.resume.token.get_secret_value(), hello.resume.received
+            )
+            engine = self._engine_of(str(takeover.about.get(_ABOUT_MODEL)), key)
+        else:
+            key = SessionKey(guest.tenant, secrets.token_hex(8))
+        limit = HEADER_BYTES + largest_message_bytes(hello.codec_in, hello.width, hello.height)
+        limits = SessionLimits(
+            window=window_for(limit, config.window),
+            idle_timeout_s=config.idle_timeout_s,
+            max_life_s=config.max_life_s,
+            unread_timeout_s=config.unread_timeout_s,
+        )
+        session = Session(
+            key,
+            hello,
+            limits,
+            self._state(engine, hello, takeover),
+            now=self._clock(),
+            epoch=takeover.epoch if takeover else 1,
+            resume_at=takeover.snapshot.below if takeover else 0,
+            received=hello.resume.received if hello.resume else 0,
+        )
+        others = [(one.session, one.engine) for one in self.connections.values()]
+        self._admission.require_room(others, session, engine)
+        token = hello.resume.token.get_secret_value() if hello.resume else ""
+        if takeover is None:
+            token = await self._states.open(key, {_ABOUT_MODEL: engine.model_sha256}, Snapshot(0, b""))
+        self._require_open()
+        connection = LiveConnection(
+            session,
+            engine,
+            channel,
+            stepper=self.stepper,
+            states=self._states,
+            codecs=self._codecs,
+            charge=guest.charge,
+            max_pixels=config.max_pixels,
+            max_message_bytes=min(limit, channel.message_limit),
+            state_interval_s=config.state_interval_s,
+            clock=self._clock,
+        )
+        self.connections[key] = connection
+        session.move(SessionState.WARMING)
+        width, height = output_size(hello, hello.width, hello.height)
+        welcome = Welcome(
+            session=key.session,
+            resume_token=token,
+            epoch=session.epoch,
+            resume_at=session.resume_at,
+            granted=session.granted,
+            max_message_bytes=min(limit, channel.message_limit),
+            model=engine.name,
+            model_sha256=engine.model_sha256,
+            width=hello.width,
+            height=hello.height,
+            out_width=width,
+            out_height=height,
+            idle_timeout_s=config.idle_timeout_s,
+            max_life_s=config.max_life_s,
+            resumable=True,
+        )
+        return connection, welcome
+
+    async def _leave_to_newer(self, key: SessionKey) -> None:
+        """A client that resumes here a stream that still has a connection here has lost that connection."""
+        older = self.connections.get(key)
+        if older is not None:
+            await older.drain()
+
+    def _engine(self, hello: Hello) -> LiveEngine:
+        if hello.model is None:
+            return next(iter(self.engines.values()))
+        if hello.model not in self.engines:
+            raise BadMessage(
+                f"There is no model {hello.model!r} here.",
+                code="model-unknown",
+                limit=", ".join(self.engines),
+                remedy="Ask for one of GET /v1/models, or for none.",
+            )
+        return self.engines[hello.model]
+
+    def _engine_of(self, model_sha256: str, key: SessionKey) -> LiveEngine:
+        for engine in self.engines.values():
+            if engine.model_sha256 == model_sha256:
+                return engine
+        raise StateLost(
+            f"The stream {key.session} was restored by the model {model_sha256[:12]}, which is not here.",
+            code="model-changed",
+            remedy="Open a new stream: its first frame is restored without memory of those before.",
+        )
+
+    def _state(self, engine: LiveEngine, hello: Hello, takeover: Takeover | None) -> StreamState:
+        if takeover is None or not takeover.snapshot.state:
+            return engine.pipe.start(seed=hello.seed)
+        return StreamState.load(
+            io.BytesIO(takeover.snapshot.state), engine.pipe.device, model_sha256=engine.model_sha256
+        )
+
+    def _require_size(self, hello: Hello, channel: Channel) -> None:
+        pixels = hello.width * hello.height
+        if pixels > self.config.max_pixels:
+            raise FrameTooLarge(
+                f"Frames of {hello.width}x{hello.height} have {pixels} pixels.",
+                limit=f"{self.config.max_pixels} pixels",
+                remedy="Send smaller frames.",
+            )
+        for codec, (width, height), what in (
+            (hello.codec_in, (hello.width, hello.height), "sent"),
+            (hello.codec_out, output_size(hello, hello.width, hello.height), "returned"),
+        ):
+            size = HEADER_BYTES + (width * height * 3 if codec == "raw" else 0)
+            if size > channel.message_limit:
+                raise FrameTooLarge(
+                    f"Raw frames of {width}x{height} have {size} bytes and cannot be {what} here.",
+                    limit=f"{channel.message_limit} bytes a message",
+                    remedy="Use gRPC, or another codec.",
+                )
+
+    async def _refuse(self, channel: Channel, refusal: Refusal) -> None:
+        self.refused[refusal.code] = self.refused.get(refusal.code, 0) + 1
+        try:
+            await channel.send(protocol.dump_refusal(refusal))
+            await channel.close(refusal.close_code, refusal.code)
+        except Exception as error:
+            logger.debug("a refusal was not sent: %s", error)

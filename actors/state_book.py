@@ -1,0 +1,206 @@
+"""Where the states of live streams survive their replica: a book of snapshots, fenced by epochs.
+
+A snapshot is the state after all frames below an id. It may be handed out for resuming only if the client has had all
+answers below that id: so the newest one that is acknowledged is kept, and those after it. Whoever takes a stream over
+raises its epoch, and what an older owner writes from then on is refused. Knows no Ray: `actors.state_holder` makes it
+an actor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from actors.session import SessionKey
+from infra.refusals import AdmissionRefused, StateLost
+
+MOST_BYTES: Final = 4 << 30
+KEPT_S: Final = 120.0  # for a client that lost its connection
+MOST_SNAPSHOTS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The stream after all frames with an id smaller than `below`; `state` is that of `StreamState.to_bytes`."""
+
+    below: int
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """What a replica gets that goes on with a stream.
+
+    Attributes:
+        snapshot: the newest that the client's answers cover.
+        about: what the first replica noted of the stream; JSON-like.
+    """
+
+    epoch: int
+    snapshot: Snapshot
+    about: dict[str, Any]
+
+
+class StateStore(Protocol):
+    """What a replica needs of the book, wherever it lies. Arguments and errors as in `StateBook`."""
+
+    async def open(self, key: SessionKey, about: dict[str, Any], snapshot: Snapshot) -> str: ...
+
+    async def put(self, key: SessionKey, epoch: int, snapshot: Snapshot, received: int) -> None: ...
+
+    async def take_over(self, key: SessionKey, token: str, received: int) -> Takeover: ...
+
+    async def close(self, key: SessionKey, epoch: int) -> None: ...
+
+
+@dataclass(slots=True)
+class _Entry:
+    token_sha256: bytes
+    about: dict[str, Any]
+    touched: float
+    epoch: int = 1
+    snapshots: list[Snapshot] = field(default_factory=list)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(snapshot.state) for snapshot in self.snapshots)
+
+
+class StateBook:
+    """See the module. Not for several threads.
+
+    Args:
+        most_bytes: of all snapshots together; beyond it the oldest streams without a replica go first.
+        kept_s: how long a stream is kept that nobody writes to.
+    """
+
+    def __init__(
+        self, *, most_bytes: int = MOST_BYTES, kept_s: float = KEPT_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._most_bytes, self._kept_s, self._clock = most_bytes, kept_s, clock
+        self._entries: dict[SessionKey, _Entry] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all snapshots."""
+        return sum(entry.size_bytes for entry in self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def open(self, key: SessionKey, about: dict[str, Any], snapshot: Snapshot) -> str:
+        """Enter a new stream with its first snapshot; returns the token that proves who may resume it.
+
+        Raises:
+            AdmissionRefused: there is no room.
+        """
+        self._expire()
+        self._make_room(len(snapshot.state))
+        token = secrets.token_urlsafe(24)
+        digest = hashlib.sha256(token.encode()).digest()
+        self._entries[key] = _Entry(digest, about, self._clock(), snapshots=[snapshot])
+        return token
+
+    def put(self, key: SessionKey, epoch: int, snapshot: Snapshot, received: int) -> None:
+        """Add a snapshot; forget those that can no longer be asked for.
+
+        Args:
+            received: all answers with a smaller id have arrived at the client.
+
+        Raises:
+            StateLost: the stream is gone, or somebody else goes on with it.
+            AdmissionRefused: there is no room.
+        """
+        entry = self._owned(key, epoch)
+        self._make_room(len(snapshot.state), keep=key)
+        entry.touched = self._clock()
+        entry.snapshots = [one for one in entry.snapshots if one.below < snapshot.below] + [snapshot]
+        covered = [one for one in entry.snapshots if one.below <= received]
+        if covered:
+            entry.snapshots = entry.snapshots[len(covered) - 1 :]
+        # The first and the last ones: the first may be what the client needs, those between only save it work.
+        del entry.snapshots[1 : -(MOST_SNAPSHOTS - 1)]
+
+    def take_over(self, key: SessionKey, token: str, received: int) -> Takeover:
+        """Hand a stream to another replica; the one that had it can write no more.
+
+        Raises:
+            StateLost: no such stream, another's token, or no snapshot that old. One message for all of them.
+        """
+        self._expire()
+        entry = self._entries.get(key)
+        digest = hashlib.sha256(token.encode()).digest()
+        if not hmac.compare_digest(digest, entry.token_sha256 if entry else bytes(32)) or entry is None:
+            raise _lost(key)
+        usable = [one for one in entry.snapshots if one.below <= received]
+        if not usable:
+            raise _lost(key)
+        entry.epoch += 1
+        entry.touched = self._clock()
+        entry.snapshots = [usable[-1]]  # what came later is not what the next owner will make
+        return Takeover(entry.epoch, usable[-1], entry.about)
+
+    def close(self, key: SessionKey, epoch: int) -> None:
+        """Wipe a stream out, if it is still this owner's."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.epoch == epoch:
+            del self._entries[key]
+
+    def _owned(self, key: SessionKey, epoch: int) -> _Entry:
+        entry = self._entries.get(key)
+        if entry is None or entry.epoch != epoch:
+            raise _lost(key)
+        return entry
+
+    def _expire(self) -> None:
+        old = self._clock() - self._kept_s
+        for key in [key for key, entry in self._entries.items() if entry.touched < old]:
+            del self._entries[key]
+
+    def _make_room(self, size_bytes: int, keep: SessionKey | None = None) -> None:
+        if self.size_bytes + size_bytes <= self._most_bytes:
+            return
+        self._expire()
+        if self.size_bytes + size_bytes > self._most_bytes:
+            raise AdmissionRefused(
+                f"The states of live streams take {self.size_bytes / 1e9:.1f} GB.",
+                code="states-full",
+                limit=f"{self._most_bytes / 1e9:.1f} GB",
+                remedy="Try again when other streams have ended, or give the service more memory for states.",
+                retry_after_s=self._kept_s / 4,
+            )
+
+
+def _lost(key: SessionKey) -> StateLost:
+    return StateLost(
+        f"The stream {key.session} cannot be resumed here.",
+        remedy="Open a new stream: its first frame is restored without memory of those before.",
+    )
+
+
+class LocalStates:
+    """The book in this process: streams survive a lost connection, not a lost process."""
+
+    def __init__(self, book: StateBook | None = None) -> None:
+        self.book = book or StateBook()
+
+    async def open(self, key: SessionKey, about: dict[str, Any], snapshot: Snapshot) -> str:
+        """As `StateBook.open`."""
+        return self.book.open(key, about, snapshot)
+
+    async def put(self, key: SessionKey, epoch: int, snapshot: Snapshot, received: int) -> None:
+        """As `StateBook.put`."""
+        self.book.put(key, epoch, snapshot, received)
+
+    async def take_over(self, key: SessionKey, token: str, received: int) -> Takeover:
+        """As `StateBook.take_over`."""
+        return self.book.take_over(key, token, received)
+
+    async def close(self, key: SessionKey, epoch: int) -> None:
+        """As `StateBook.close`."""
+        self.book.close(key, epoch)

@@ -1,0 +1,166 @@
+"""The detached actor that keeps the states of live streams, and tells replicas when they have to go.
+
+It outlives every replica, so a state that a dying replica handed in is still there (an object that a dead process put
+into Ray's object store is not). It also asks Serve's controller, once for all replicas, which of them are being
+stopped: a replica is not told of that itself while it still has open streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Final
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.session import SessionKey
+from actors.state_book import Snapshot, StateBook, Takeover
+from infra.refusals import Refusal, ServiceFailure
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE: Final = "upriver"
+POLL_S: Final = 0.25
+
+
+class StateHolder:
+    """See the module; `holder` returns the one of an application.
+
+    Args:
+        kept_s, most_bytes: see `StateBook`.
+    """
+
+    def __init__(self, kept_s: float, most_bytes: int) -> None:
+        self._book = StateBook(kept_s=kept_s, most_bytes=most_bytes)
+        self._watched: dict[str, asyncio.Event] = {}
+        self._poll: asyncio.Task[None] | None = None
+
+    async def open(self, key: SessionKey, about: dict[str, Any], snapshot: Snapshot) -> str:
+        """As `StateBook.open`."""
+        return self._book.open(key, about, snapshot)
+
+    async def put(self, key: SessionKey, epoch: int, snapshot: Snapshot, received: int) -> None:
+        """As `StateBook.put`."""
+        self._book.put(key, epoch, snapshot, received)
+
+    async def take_over(self, key: SessionKey, token: str, received: int) -> Takeover:
+        """As `StateBook.take_over`."""
+        return self._book.take_over(key, token, received)
+
+    async def close(self, key: SessionKey, epoch: int) -> None:
+        """As `StateBook.close`."""
+        self._book.close(key, epoch)
+
+    async def figures(self) -> dict[str, int]:
+        """Return how many streams there are, and their bytes."""
+        return {"streams": len(self._book), "bytes": self._book.size_bytes}
+
+    async def told_to_go(self, replica: str, patience_s: float) -> bool:
+        """Wait until a replica has to hand its streams over: it is being stopped, and another one can take them.
+
+        Args:
+            replica: its id in Serve.
+            patience_s: after so long the answer is False, and the replica asks again.
+        """
+        if self._poll is None:
+            self._poll = asyncio.get_running_loop().create_task(self._watch_serve())
+        event = self._watched.setdefault(replica, asyncio.Event())
+        try:
+            async with asyncio.timeout(patience_s):
+                await event.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _watch_serve(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                running, stopping = await replica_states()
+            except Exception as error:  # the controller restarts, or Serve is shut down
+                logger.debug("Serve's controller does not answer: %s", error)
+                continue
+            for replica, (deployment, alone_for_good) in stopping.items():
+                successor = any(other == deployment for other in running.values())
+                if replica in self._watched and (successor or alone_for_good):
+                    self._watched[replica].set()
+            for gone in set(self._watched) - set(running) - set(stopping):
+                self._watched[gone].set()
+                del self._watched[gone]
+
+
+async def replica_states() -> tuple[dict[str, str], dict[str, tuple[str, bool]]]:
+    """Return the running replicas with their deployments, and the stopping ones with theirs.
+
+    With each stopping one goes whether no successor is to be expected, because its application is deleted or wants no
+    replicas.
+    """
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    details = await controller.get_serve_instance_details.remote()
+    running: dict[str, str] = {}
+    stopping: dict[str, tuple[str, bool]] = {}
+    for app_name, app in details["applications"].items():
+        for name, deployment in app["deployments"].items():
+            full = f"{app_name}#{name}"
+            last = app["status"] == "DELETING" or deployment["target_num_replicas"] == 0
+            for replica in deployment["replicas"]:
+                if replica["state"] == "STOPPING":
+                    stopping[replica["replica_id"]] = (full, last)
+                elif replica["state"] == "RUNNING":
+                    running[replica["replica_id"]] = full
+    return running, stopping
+
+
+def holder(application: str, *, kept_s: float, most_bytes: int) -> ActorHandle[StateHolder]:
+    """Return the holder of an application; made if it is not there."""
+    actor: Any = ray.remote(StateHolder).options(
+        name=f"states-{application}",
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+        max_concurrency=10_000,  # every replica has a call waiting
+    )
+    return actor.remote(kept_s, most_bytes)  # type: ignore[no-any-return]  # Ray's decorators lose the type
+
+
+class HeldStates:
+    """The holder as a replica uses it: `actors.state_book.StateStore`."""
+
+    def __init__(self, actor: ActorHandle[StateHolder]) -> None:
+        self._actor: Any = actor
+
+    async def open(self, key: SessionKey, about: dict[str, Any], snapshot: Snapshot) -> str:
+        """As `StateBook.open`."""
+        token: str = await self._call("open", key, about, snapshot)
+        return token
+
+    async def put(self, key: SessionKey, epoch: int, snapshot: Snapshot, received: int) -> None:
+        """As `StateBook.put`."""
+        await self._call("put", key, epoch, snapshot, received)
+
+    async def take_over(self, key: SessionKey, token: str, received: int) -> Takeover:
+        """As `StateBook.take_over`."""
+        takeover: Takeover = await self._call("take_over", key, token, received)
+        return takeover
+
+    async def close(self, key: SessionKey, epoch: int) -> None:
+        """As `StateBook.close`."""
+        await self._call("close", key, epoch)
+
+    async def _call(self, name: str, *arguments: object) -> Any:
+        try:
+            return await getattr(self._actor, name).remote(*arguments)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, Refusal):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayActorError as error:
+            raise ServiceFailure(
+                "The keeper of the streams' states does not answer.",
+                code="states-unreachable",
+                remedy="Try again.",
+                retry_after_s=1.0,
+            ) from error

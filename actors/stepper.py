@@ -1,0 +1,177 @@
+"""The heart of a replica: takes the next frames of the sessions that have some, and steps them together.
+
+One coroutine decides, one thread computes: while it does, new frames gather, so that the next batch is as large as the
+load demands, and a frame that comes to an idle replica starts at once. Most urgent first; frames of equal size share a
+batch; a session has at most one frame in it, so that every frame meets the state that the one before left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from actors.live_engine import LiveEngine, StepRequest
+from actors.session import Answer, Incoming, Session
+from infra.protocol import Flag
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """A session's place at the stepper: its engine, and where its answers go.
+
+    `failed` is called instead of `answer` for a frame whose step failed.
+    """
+
+    session: Session
+    engine: LiveEngine
+    answer: Callable[[Answer], None]
+    failed: Callable[[BaseException], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Taken:
+    seat: Seat
+    frame: Incoming
+    request: StepRequest
+    taken: float
+
+    def session_failed(self, error: BaseException) -> None:
+        self.seat.session.in_step = None
+        self.seat.failed(error)
+
+
+class Stepper:
+    """See the module. `start` it in the event loop in which the sessions live.
+
+    Args:
+        clock: seconds, as in the frames' `arrived`.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seats: dict[str, Seat] = {}
+        self.busy_s = 0.0
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="upriver-step")
+        self._task: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="upriver-stepper")
+
+    async def stop(self) -> None:
+        """End after the batch in hand."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._thread.shutdown(wait=True)
+
+    def wake(self) -> None:
+        """Look at the sessions again: one has a new frame, or has come or gone."""
+        self._wake.set()
+
+    async def in_thread(self, work: Callable[[], None]) -> None:
+        """Run `work` in the thread that owns the device, between two batches."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def idle(self) -> None:
+        """Return when no batch is in hand."""
+        await self._idle.wait()
+
+    async def _run(self) -> None:
+        while True:
+            pause_s = self._pause_s()
+            try:
+                async with asyncio.timeout(pause_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            while batches := self._take():
+                self._idle.clear()
+                try:
+                    for engine, batch in batches:
+                        await self._step(engine, batch)
+                finally:
+                    self._idle.set()
+
+    def _pause_s(self) -> float | None:
+        """Return for how long nothing can be due: until the first session that has to wait for its rate may go on."""
+        now = self._clock()
+        held = [seat.session.not_before - now for seat in self.seats.values() if seat.session.waiting]
+        held = [wait_s for wait_s in held if wait_s > 0]
+        return min(held) + 0.001 if held else None
+
+    def _take(self) -> list[tuple[LiveEngine, list[_Taken]]]:
+        """Return the most urgent batch (rarely two: where a session's next frame is of another size than its last)."""
+        now = self._clock()
+        urgent = [(due, seat) for seat in self.seats.values() if (due := seat.session.due(now)) is not None]
+        if not urgent:
+            return []
+        urgent.sort(key=lambda pair: pair[0])
+        first = urgent[0][1]
+        wanted = (id(first.engine), first.session.size())
+        groups: dict[tuple[int, tuple[int, int]], list[_Taken]] = defaultdict(list)
+        for _, seat in urgent:
+            session = seat.session
+            size = session.size()
+            if size is not None and (id(seat.engine), size) != wanted:
+                continue
+            if sum(map(len, groups.values())) >= first.engine.largest_batch and size is not None:
+                break
+            step_s = seat.engine.cost_s(*size, session.ladder.level) if size is not None else 0.0
+            frame, level, answers = session.take(now, step_s)
+            for answer in answers:
+                seat.answer(answer)
+            if frame is None:
+                continue
+            assert frame.rgb_HWC is not None
+            request = StepRequest(
+                frame.rgb_HWC, session.stream, level, cut=Flag.CUT in frame.flags, find_cuts=session.hello.cuts
+            )
+            taken = _Taken(seat, frame, request, now)
+            groups[id(seat.engine), frame.rgb_HWC.shape[:2]].append(taken)
+        if not groups:
+            self._wake.set()  # only answers came of it; something may be due all the same
+        return [(batch[0].seat.engine, batch) for batch in groups.values()]
+
+    async def _step(self, engine: LiveEngine, batch: list[_Taken]) -> None:
+        requests = [taken.request for taken in batch]
+        loop = asyncio.get_running_loop()
+        try:
+            seconds = await loop.run_in_executor(self._thread, engine.step, requests)
+        except Exception as error:  # a defect: these streams end, and the others go on
+            logger.exception("a step of %d streams failed", len(batch))
+            for taken in batch:
+                taken.session_failed(error)
+            return
+        self.busy_s += seconds
+        for taken in batch:
+            self._finish(taken, seconds)
+
+    def _finish(self, taken: _Taken, seconds: float) -> None:
+        session, frame, request = taken.seat.session, taken.frame, taken.request
+        if request.error is not None:
+            taken.session_failed(request.error)
+            return
+        session.step_s = seconds
+        flags = (frame.flags & Flag.GAP) | (Flag.RESET if request.reset else Flag(0))
+        answer = Answer(
+            frame,
+            level=request.steps,
+            index=request.index,
+            flags=flags,
+            queue_us=round(1e6 * (taken.taken - (frame.ready or frame.arrived))),
+            step_us=round(1e6 * seconds),
+            output=request.output_3HW,
+        )
+        taken.seat.answer(session.stepped(answer))
