@@ -124,9 +124,7 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         return problem(
-            BadMessage(
-                f"{place} is not possible: {first['msg']}.", code="bad-request", remedy="See GET /openapi.json."
-            )
+            BadMessage(f"{place} is not possible: {first['msg']}.", code="bad-request", remedy="See GET /openapi.json.")
         )
 
     @app.get("/healthz", summary="Whether the process is alive")
@@ -147,9 +145,7 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
         for number, engine in enumerate(server.engines.values()):
             step_ms = {str(steps): round(1000 * engine.cost_s(180, 320, steps), 3) for steps in (4, 2, 1)}
             cards.append(
-                ModelCard(
-                    name=engine.name, model_sha256=engine.model_sha256, default=number == 0, step_ms=step_ms
-                )
+                ModelCard(name=engine.name, model_sha256=engine.model_sha256, default=number == 0, step_ms=step_ms)
             )
         return Models(models=cards)
 
@@ -170,5 +166,3 @@ def problem(refusal: Refusal) -> Response:
         headers["Retry-After"] = str(max(1, round(refusal.retry_after_s)))
     body: dict[str, Any] = refusal.to_message()
     return JSONResponse(body, status_code=refusal.http_status, headers=headers)
-
-

@@ -312,7 +312,7 @@ class LiveConnection:
         self._take_place(frame)
 
     def _take_place(self, frame: Incoming) -> None:
-        if frame.id < self.session.resume_at:
+        if frame.decode_only:
             self.session.release(frame)  # only the decoder needed it
             self._tell_granted()
             return
@@ -353,7 +353,7 @@ class LiveConnection:
     def _encode(self, answer: Answer) -> tuple[bytes | memoryview, bool]:
         rgb_HWC = answer.frame.rgb_HWC
         assert rgb_HWC is not None
-        width, height = output_size(self.session.hello, rgb_HWC.shape[1], rgb_HWC.shape[0])
+        width, height = protocol.output_size(self.session.hello, rgb_HWC.shape[1], rgb_HWC.shape[0])
         if answer.output is None:
             picture = resize(rgb_HWC, width, height, "cubic")
         else:
@@ -432,10 +432,3 @@ class LiveConnection:
 
     async def _in_pool(self, work: Callable[..., _T], *arguments: object) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._codecs, work, *arguments)
-
-
-def output_size(hello: protocol.Hello, width: int, height: int) -> tuple[int, int]:
-    """Return width and height of the restored picture of a frame of this size."""
-    if hello.out_height is None:
-        return width * hello.scale, height * hello.scale
-    return max(2, 2 * round(width * hello.out_height / height / 2)), hello.out_height  # even: see actors.output

@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from actors.admission import Admission
 from actors.frame_codec import largest_message_bytes
 from actors.hardware import usable_cores
-from actors.live_connection import Channel, LiveConnection, output_size
+from actors.live_connection import Channel, LiveConnection
 from actors.session import Session, SessionKey, SessionLimits, SessionState, window_for
 from actors.state_book import LocalStates, Snapshot, StateStore, Takeover
 from actors.stepper import Stepper
 from infra import protocol
-from infra.protocol import HEADER_BYTES, HELLO_TIMEOUT_S, Hello, Welcome
+from infra.protocol import HEADER_BYTES, HELLO_TIMEOUT_S, Hello, Welcome, output_size
 from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, Refusal, ServiceFailure, StateLost, TimedOut
 from pipeline.state import StreamState
 
@@ -192,9 +192,7 @@ class LiveServer:
         if hello.resume is not None:
             key = SessionKey(guest.tenant, hello.resume.session)
             await self._leave_to_newer(key)
-            takeover = await self._states.take_over(
-                key, hello.resume.token.get_secret_value(), hello.resume.received
-            )
+            takeover = await self._states.take_over(key, hello.resume.token.get_secret_value(), hello.resume.received)
             engine = self._engine_of(str(takeover.about.get(_ABOUT_MODEL)), key)
         else:
             key = SessionKey(guest.tenant, secrets.token_hex(8))

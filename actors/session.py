@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from actors.errors import ActorsError
 from actors.quality import QualityLadder
-from infra.protocol import Deadline, DropReason, Flag, FrameHeader, Hello, Lossless, Newest, Stats
+from infra.protocol import NO_FLAGS, Deadline, DropReason, Flag, FrameHeader, Hello, Lossless, Newest, Stats
 from infra.refusals import BadMessage, OutOfOrder, RateExceeded, TimedOut
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Incoming:
 
     Attributes:
         replayed: it is sent again; the client has its answer, the stream needs its step.
+        decode_only: it is sent again, and only the decoder needs it.
         level: of a replayed frame, that of its answer.
         arrived, ready: when it came, and when it had been decoded.
     """
@@ -93,6 +94,7 @@ class Incoming:
     rgb_HWC: NDArray[np.uint8] | None = None
     reason: DropReason = DropReason.NONE
     replayed: bool = False
+    decode_only: bool = False
     level: int = 0
 
 
@@ -104,7 +106,7 @@ class Answer:
     reason: DropReason = DropReason.NONE
     level: int = 0
     index: int = 0
-    flags: Flag = Flag(0)
+    flags: Flag = NO_FLAGS
     queue_us: int = 0
     step_us: int = 0
     output: object = None
@@ -280,6 +282,7 @@ class Session:
             frame.flags |= Flag.GAP
         self._next_id = header.id + 1
         frame.replayed = header.id < self.received
+        frame.decode_only = header.id < self.resume_at or (frame.replayed and header.reason is not DropReason.NONE)
         return frame
 
     def mark_cut(self) -> None:
@@ -398,7 +401,7 @@ class Session:
         return FrameHeader(
             id=frame.id,
             pts=frame.pts,
-            flags=answer.flags | (Flag.KEY if key else Flag(0)),
+            flags=answer.flags | (Flag.KEY if key else NO_FLAGS),
             level=answer.level,
             reason=answer.reason,
             index=answer.index,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from actors.live_engine import LiveEngine, StepRequest
 from actors.session import Answer, Incoming, Session
-from infra.protocol import Flag
+from infra.protocol import NO_FLAGS, Flag
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class Stepper:
             taken.session_failed(request.error)
             return
         session.step_s = seconds
-        flags = (frame.flags & Flag.GAP) | (Flag.RESET if request.reset else Flag(0))
+        flags = (frame.flags & Flag.GAP) | (Flag.RESET if request.reset else NO_FLAGS)
         answer = Answer(
             frame,
             level=request.steps,

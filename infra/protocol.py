@@ -49,6 +49,7 @@ class Flag(enum.IntFlag):
     RESUMED = 1 << 5  # (out) first frame that another replica answered
 
 
+NO_FLAGS: Final = Flag(0)
 _KNOWN_FLAGS: Final = sum(Flag)
 
 
@@ -72,7 +73,9 @@ class FrameHeader:
     Attributes:
         id: number of the frame, chosen by the client, growing by one from frame to frame.
         pts: presentation time in the client's own units; comes back as it was sent.
-        flags, reason: see `Flag` and `DropReason`.
+        flags: see `Flag`.
+        reason: (out) see `DropReason`. (in) of an h264 frame that is sent again for the decoder's sake alone: why it was
+            dropped.
         level: (out) denoising steps that the frame got; 0 is a plain resize. (in) of a frame that is sent again
             because its replica died: the level of the answer that the client already has.
         index: (out) number of the frame in the restored stream, which counts no dropped frames.
@@ -86,7 +89,7 @@ class FrameHeader:
 
     id: int
     pts: int = 0
-    flags: Flag = Flag(0)
+    flags: Flag = NO_FLAGS
     level: int = 0
     reason: DropReason = DropReason.NONE
     index: int = 0
@@ -325,6 +328,13 @@ class Closed(_Message):
     type: Literal["closed"] = "closed"
     frames_in: int
     frames_out: int
+
+
+def output_size(hello: Hello, width: int, height: int) -> tuple[int, int]:
+    """Return width and height of the restored picture of a frame of this size."""
+    if hello.out_height is None:
+        return width * hello.scale, height * hello.scale
+    return max(2, 2 * round(width * hello.out_height / height / 2)), hello.out_height
 
 
 def parse_hello(text: str | bytes) -> Hello:

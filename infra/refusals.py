@@ -1,7 +1,7 @@
-"""Refusals of the live service: what a stream, a frame or a request was refused for, its limit, and when to try again.
+"""Refusals of the live service: what was refused, for which reason, by which limit, and when to try again.
 
-One class for each reason, the same on both sides of the wire: the endpoint raises it, the message carries it, the client
-raises it again. A refusal closes its stream; what only a single frame is refused for is a reason of `infra.protocol`.
+One class for each reason, the same on both sides of the wire: the endpoint raises it, the message carries it, the
+client raises it again. A refusal closes its stream; why a single frame is refused is a reason of `infra.protocol`.
 """
 
 from __future__ import annotations
