@@ -1,7 +1,7 @@
 """One replica's live service: models, sessions, admission, hand-over. Knows no transport and no Ray.
 
-`serve` takes a channel from its hello to its end; `drain` hands every stream over. The endpoint puts WebSocket, gRPC and
-Ray Serve around it.
+`serve` takes a channel from its hello to its end; `drain` hands every stream over. The endpoint puts WebSocket, gRPC
+and Ray Serve around it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One live stream on its replica: its life, the order of its frames, what waits, what is dropped, and its credit.
 
-Plain arithmetic on ids and times: no sockets, no threads, no clock of its own. `actors.live_server` moves frames through
-it: arrived -> (decoded) -> waiting -> taken by the stepper -> answered -> acknowledged.
+Plain arithmetic on ids and times: no sockets, no threads, no clock of its own. `actors.live_connection` moves frames
+through it: arrived -> (decoded) -> waiting -> taken by the stepper -> answered -> acknowledged.
 
 - Ids grow. A gap is allowed and marked; a repeated or older id is answered as dropped, and ends a lossless stream.
 - Everything between a client's sending and its acknowledgement is at most one window: that bounds all memory.

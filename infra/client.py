@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
@@ -333,9 +334,12 @@ class LiveStream:
                         break  # the receiving side sees it, too, and connects again
                 if any(isinstance(message, str) and '"close"' in message for message in messages):
                     async with self._changed:
-                        await self._changed.wait_for(lambda: self._closed or self._connection != connection)
+                        await self._changed.wait_for(partial(self._is_over, connection))
         except Exception as error:
             await self._end(error)
+
+    def _is_over(self, connection: int) -> bool:
+        return self._closed or self._connection != connection
 
     def _something_to_send(self) -> bool:
         if self._wire is None:

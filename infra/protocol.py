@@ -1,7 +1,7 @@
 """The wire format of live streams, used by client and endpoint alike: control messages, and the header of a frame.
 
-A stream is one WebSocket or one gRPC call. Text messages are JSON objects with a ``type``; binary messages are frames: 64
-bytes of header, then the picture in the stream's codec. docs/reference/protocol.md shows both byte by byte.
+A stream is one WebSocket or one gRPC call. Text messages are JSON objects with a ``type``; binary messages are frames:
+64 bytes of header, then the picture in the stream's codec. docs/reference/protocol.md shows both byte by byte.
 
 Knows no transport, no session and no model.
 """
@@ -74,8 +74,8 @@ class FrameHeader:
         id: number of the frame, chosen by the client, growing by one from frame to frame.
         pts: presentation time in the client's own units; comes back as it was sent.
         flags: see `Flag`.
-        reason: (out) see `DropReason`. (in) of an h264 frame that is sent again for the decoder's sake alone: why it was
-            dropped.
+        reason: (out) see `DropReason`. (in) of an h264 frame that is sent again for the decoder's sake alone: why it
+            was dropped.
         level: (out) denoising steps that the frame got; 0 is a plain resize. (in) of a frame that is sent again
             because its replica died: the level of the answer that the client already has.
         index: (out) number of the frame in the restored stream, which counts no dropped frames.

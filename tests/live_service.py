@@ -40,9 +40,13 @@ class LiveService:
 
 
 @contextmanager
-def live_service(config: LiveConfig | None = None, *models: str, engine: Any = None, **options: Any) -> Iterator[LiveService]:
+def live_service(
+    config: LiveConfig | None = None, *models: str, engine: Any = None, **options: Any
+) -> Iterator[LiveService]:
     """Run a service; `options` as for `LiveServer`."""
-    engines = {engine.name: engine} if engine is not None else {n: open_live_engine(n) for n in models or ("stand-in:0",)}
+    engines = (
+        {engine.name: engine} if engine is not None else {n: open_live_engine(n) for n in models or ("stand-in:0",)}
+    )
     started = threading.Event()
     told: dict[str, Any] = {}
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from actors.quality import QualityLadder
 
 
 def run(ladder: QualityLadder, latency_of: dict[int, float], seconds: float, start: float = 0.0) -> list[int]:
     """Answer a frame every 100 ms; the latency depends on the level."""
-    levels = []
-    for number in range(round(seconds * 10)):
-        levels.append(ladder.observe(latency_of[ladder.level], start + number / 10))
-    return levels
+    return [ladder.observe(latency_of[ladder.level], start + number / 10) for number in range(round(seconds * 10))]
 
 
 def test_without_a_budget_nothing_moves() -> None:
@@ -40,8 +39,8 @@ def test_a_level_that_does_not_hold_is_tried_less_and_less_often() -> None:
     """The answers of level 1 promise that 2 would fit, but it does not: the stream must not swing all the time."""
     ladder = QualityLadder(0.1, least=1)
     levels = run(ladder, {4: 0.3, 2: 0.15, 1: 0.02}, 120)
-    rises = sum(b > a for a, b in zip(levels, levels[1:], strict=False))
-    late_rises = sum(b > a for a, b in zip(levels[600:], levels[601:], strict=False))
+    rises = sum(b > a for a, b in pairwise(levels))
+    late_rises = sum(b > a for a, b in pairwise(levels[600:]))
     assert 2 <= rises <= 8 and late_rises <= 2
 
 

@@ -1,0 +1,366 @@
+"""Live streams over real sockets, through the client: order, hand-over, lost connections, refusals. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from actors.live_server import LiveConfig
+from infra.client import LiveAnswer, LiveStream
+from infra.protocol import Deadline, DropReason, Flag, FrameHeader, Hello, Newest, dump
+from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, StateLost
+from tests.live_service import LiveService, live_service
+
+RAW = {"codec_in": "raw", "codec_out": "raw"}
+
+
+def picture(number: int, width: int = 32, height: int = 24) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def is_restored(answer: LiveAnswer, number: int, width: int = 32, height: int = 24) -> bool:
+    return bool((answer.picture()[::4, ::4] == picture(number, width, height)).all())
+
+
+async def run_stream(
+    service: LiveService, hello: Hello, count: int, **options: Any
+) -> tuple[list[LiveAnswer], LiveStream]:
+    async with LiveStream(service.url, hello, **options) as stream:
+
+        async def send() -> None:
+            for number in range(count):
+                await stream.send_picture(picture(number), pts=1000 + number)
+            await stream.close()
+
+        sending = asyncio.create_task(send())
+        answers = [answer async for answer in stream]
+        await sending
+        return answers, stream
+
+
+def test_every_frame_comes_back_restored_in_order() -> None:
+    with live_service() as service:
+        answers, stream = asyncio.run(run_stream(service, Hello(width=32, height=24, **RAW), 40))
+    assert [answer.id for answer in answers] == list(range(40))
+    assert [answer.header.pts for answer in answers] == list(range(1000, 1040))
+    assert [answer.header.index for answer in answers] == list(range(40))
+    assert all(is_restored(answer, answer.id) for answer in answers)
+    assert Flag.RESET in answers[0].header.flags
+    assert {answer.header.level for answer in answers} == {4}
+    assert stream.hand_overs == stream.restarts == 0
+
+
+def test_the_first_answer_comes_before_the_second_frame_is_sent() -> None:
+    async def run(service: LiveService) -> None:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+            for number in range(3):
+                await stream.send_picture(picture(number))
+                async with asyncio.timeout(10):
+                    assert (await anext(stream)).id == number
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+def test_a_drained_replica_loses_and_repeats_nothing() -> None:
+    """Both 'replicas' are one server here: the stream is handed over to a new connection of it, twice."""
+
+    async def run(service: LiveService) -> tuple[list[LiveAnswer], LiveStream]:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+
+            async def send() -> None:
+                for number in range(60):
+                    await stream.send_picture(picture(number))
+                await stream.close()
+
+            sending = asyncio.create_task(send())
+            answers = []
+            async for answer in stream:
+                answers.append(answer)
+                if answer.id in (10, 30):
+                    (connection,) = service.server.connections.values()
+                    asyncio.run_coroutine_threadsafe(connection.drain(), service._loop)
+            await sending
+            return answers, stream
+
+    with live_service() as service:
+        answers, stream = asyncio.run(run(service))
+    assert [answer.id for answer in answers] == list(range(60))
+    assert [answer.header.index for answer in answers] == list(range(60))  # the state went along
+    assert all(is_restored(answer, answer.id) for answer in answers)
+    assert stream.hand_overs == 2 and stream.restarts == 0
+    assert sum(Flag.RESUMED in answer.header.flags for answer in answers) == 2
+
+
+def test_a_lost_connection_is_resumed_from_the_last_state() -> None:
+    async def run(service: LiveService) -> tuple[list[LiveAnswer], LiveStream]:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+
+            async def send() -> None:
+                for number in range(60):
+                    await stream.send_picture(picture(number))
+                await stream.close()
+
+            sending = asyncio.create_task(send())
+            answers = []
+            async for answer in stream:
+                answers.append(answer)
+                if answer.id in (10, 30):
+                    stream._wire._socket.transport.abort()  # type: ignore[union-attr]
+            await sending
+            return answers, stream
+
+    with live_service(LiveConfig(state_interval_s=0.05)) as service:
+        answers, stream = asyncio.run(run(service))
+    assert [answer.id for answer in answers] == list(range(60))
+    assert [answer.header.index for answer in answers] == list(range(60))
+    assert stream.hand_overs == 2 and stream.restarts == 0
+
+
+def test_a_stream_whose_state_is_lost_begins_anew_and_says_so() -> None:
+    async def run(service: LiveService) -> tuple[list[LiveAnswer], LiveStream]:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+            answers = []
+            for number in range(10):
+                await stream.send_picture(picture(number))
+                answers.append(await anext(stream))
+                if number == 5:
+                    service.server._states.book._entries.clear()  # type: ignore[attr-defined]
+                    stream._wire._socket.transport.abort()  # type: ignore[union-attr]
+            return answers, stream
+
+    with live_service() as service:
+        answers, stream = asyncio.run(run(service))
+    assert [answer.id for answer in answers] == list(range(10))
+    assert stream.restarts == 1
+    assert [answer.header.index for answer in answers] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
+    assert Flag.RESET in answers[6].header.flags
+
+
+def test_newest_drops_and_tells() -> None:
+    async def run(service: LiveService) -> list[LiveAnswer]:
+        hello = Hello(width=32, height=24, policy=Newest(), **RAW)
+        return (await run_stream(service, hello, 30))[0]
+
+    with live_service(None, "stand-in:40") as service:
+        answers = asyncio.run(run(service))
+    assert [answer.id for answer in answers] == list(range(30))
+    restored = [answer for answer in answers if answer.dropped is None]
+    assert 2 <= len(restored) < 30
+    assert {answer.dropped for answer in answers} == {None, DropReason.NEWER}
+    assert [answer.header.index for answer in restored] == list(range(len(restored)))
+    assert all(is_restored(answer, answer.id) for answer in restored)
+
+
+def test_under_load_the_quality_goes_down_before_frames_are_late() -> None:
+    async def run(service: LiveService) -> list[LiveAnswer]:
+        hello = Hello(width=32, height=24, policy=Deadline(ms=30, late="resize"), **RAW)
+        return (await run_stream(service, hello, 30))[0]
+
+    with live_service(None, "stand-in:40") as service:
+        answers = asyncio.run(run(service))
+    assert answers[-1].header.level == 0 and answers[-1].dropped is None
+    assert answers[-1].picture().shape == (96, 128, 3)
+    levels = [answer.header.level for answer in answers]
+    assert levels == sorted(levels, reverse=True)
+
+
+def test_a_size_that_changes_is_a_marked_reset() -> None:
+    async def run(service: LiveService) -> list[LiveAnswer]:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+            answers = []
+            for number in range(6):
+                width, height = (32, 24) if number < 3 else (24, 16)
+                stream.resize(width, height)
+                await stream.send_picture(picture(number, width, height))
+                answers.append(await anext(stream))
+            return answers
+
+    with live_service() as service:
+        answers = asyncio.run(run(service))
+    assert [Flag.RESET in answer.header.flags for answer in answers] == [True, False, False, True, False, False]
+    assert answers[3].picture().shape == (64, 96, 3) and is_restored(answers[3], 3, 24, 16)
+
+
+def test_a_client_may_mark_a_cut() -> None:
+    async def run(service: LiveService) -> list[bool]:
+        async with LiveStream(service.url, Hello(width=32, height=24, cuts=False, **RAW)) as stream:
+            flags = []
+            for number in range(4):
+                await stream.send_picture(picture(number), cut=number == 2)
+                flags.append(Flag.RESET in (await anext(stream)).header.flags)
+            return flags
+
+    with live_service() as service:
+        assert asyncio.run(run(service)) == [True, False, True, False]
+
+
+def test_refused_when_full_and_let_in_when_there_is_room() -> None:
+    async def run(service: LiveService) -> None:
+        hello = Hello(width=32, height=24, **RAW)
+        async with LiveStream(service.url, hello) as first:
+            with pytest.raises(AdmissionRefused, match="1 streams") as caught:
+                async with LiveStream(service.url, hello, give_up_s=0.2):
+                    pass
+            assert caught.value.retry_after_s
+            await first.close()
+            async for _ in first:
+                pass
+        async with LiveStream(service.url, hello) as second:
+            await second.send_picture(picture(0))
+            await anext(second)
+
+    with live_service(LiveConfig(most_sessions=1)) as service:
+        asyncio.run(run(service))
+
+
+def test_refused_by_what_it_would_cost() -> None:
+    async def run(service: LiveService) -> None:
+        hello = Hello(width=128, height=96, fps=15, **RAW)  # 15 steps of 40 ms a second: 60 %
+        async with LiveStream(service.url, hello):
+            with pytest.raises(AdmissionRefused, match="60% of this replica"):
+                async with LiveStream(service.url, hello, give_up_s=0.2):
+                    pass
+
+    with live_service(None, "stand-in:40") as service:
+        asyncio.run(run(service))
+
+
+@pytest.mark.parametrize(
+    ("hello", "kind", "code"),
+    [
+        ({"width": 4000, "height": 4000}, FrameTooLarge, "frame-too-large"),
+        ({"width": 1900, "height": 1000, "codec_out": "raw"}, FrameTooLarge, "frame-too-large"),
+        ({"width": 32, "height": 24, "model": "no-such"}, BadMessage, "model-unknown"),
+    ],
+)
+def test_hellos_that_are_refused(hello: dict[str, Any], kind: type, code: str) -> None:
+    async def run(service: LiveService) -> None:
+        with pytest.raises(kind) as caught:
+            async with LiveStream(service.url, Hello(**hello)):
+                pass
+        assert caught.value.code == code and caught.value.remedy
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+async def first_words(service: LiveService, *messages: str | bytes) -> tuple[dict[str, Any], int]:
+    """Send raw messages; returns the last text message and the close code."""
+    async with connect(service.url + "/v1/streams") as socket:
+        try:
+            for message in messages:
+                await socket.send(message)
+            last: dict[str, Any] = {}
+            while True:
+                answer = await socket.recv()
+                if isinstance(answer, str):
+                    last = json.loads(answer)
+        except ConnectionClosed as closed:
+            assert closed.rcvd is not None
+            return last, closed.rcvd.code
+
+
+HELLO = dump(Hello(width=32, height=24, **RAW))
+FRAME = FrameHeader(0).pack(picture(0).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("messages", "code", "close_code"),
+    [
+        (["{"], "bad-message", 4400),
+        (["[]"], "bad-message", 4400),
+        (['{"type":"hello"}'], "bad-message", 4400),
+        (['{"type":"hello","width":1e9,"height":24}'], "bad-message", 4400),
+        (["x" * 20_000], "bad-message", 4400),
+        ([FRAME], "bad-message", 4400),
+        ([HELLO, b"short"], "bad-message", 4400),
+        ([HELLO, b"XX" + FRAME[2:]], "bad-message", 4400),
+        ([HELLO, FRAME[:2] + b"\x09" + FRAME[3:]], "bad-message", 4400),
+        ([HELLO, '{"type":"no-such"}'], "bad-message", 4400),
+        ([HELLO, FRAME + bytes(1 << 20)], "frame-too-large", 1009),
+        ([HELLO, *[FrameHeader(n).pack(bytes(16)) for n in range(17)]], "window-exceeded", 4429),
+        ([HELLO, FRAME, FRAME], "out-of-order", 4409),
+        ([HELLO, FrameHeader(0, acknowledged=7, receipt=1).pack(picture(0).tobytes())], "bad-receipt", 4400),
+    ],
+)
+def test_what_is_not_the_protocol_is_refused_in_words(messages: list[Any], code: str, close_code: int) -> None:
+    with live_service() as service:
+        refusal, closed = asyncio.run(first_words(service, *messages))
+        assert (refusal["type"], refusal["code"], closed) == ("refused", code, close_code)
+        assert refusal["remedy"]
+        answers, _ = asyncio.run(run_stream(service, Hello(width=32, height=24, **RAW), 3))  # the others go on
+        assert len(answers) == 3
+
+
+def test_a_client_that_says_nothing_is_sent_away() -> None:
+    with live_service(LiveConfig(hello_timeout_s=0.1)) as service:
+        refusal, closed = asyncio.run(first_words(service))
+    assert (refusal["code"], closed) == ("hello-late", 4408)
+
+
+def test_an_idle_stream_is_closed() -> None:
+    with live_service(LiveConfig(idle_timeout_s=0.1)) as service:
+        refusal, closed = asyncio.run(first_words(service, HELLO))
+    assert (refusal["code"], closed) == ("session-idle", 4408)
+
+
+def test_somebody_elses_stream_cannot_be_resumed() -> None:
+    async def run(service: LiveService) -> None:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+            welcome = stream.welcome
+            resume = {"session": welcome.session, "token": "x" * 32, "received": 0}
+            hello = Hello(width=32, height=24, resume=resume)  # type: ignore[arg-type]
+            refusal, closed = await first_words(service, dump(hello))
+            assert (refusal["kind"], closed) == (StateLost.__name__, 4410)
+            await stream.send_picture(picture(0))
+            assert (await anext(stream)).id == 0  # and the stream itself did not notice
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+def test_a_poisoned_state_reaches_nobody_else() -> None:
+    """A stream whose memory is NaN shares batches with others; they, and a stream after it, see nothing of it."""
+
+    async def run(service: LiveService) -> None:
+        hello = Hello(width=32, height=24, **RAW)
+        async with LiveStream(service.url, hello) as bad, LiveStream(service.url, hello) as good:
+            for number in range(4):
+                await asyncio.gather(bad.send_picture(picture(number)), good.send_picture(picture(number)))
+                await anext(bad)
+                assert is_restored(await anext(good), number)
+                state = next(
+                    one.session.stream
+                    for key, one in service.server.connections.items()
+                    if key.session == bad.welcome.session
+                )
+                assert state.prev_output_3HW is not None
+                state.prev_output_3HW.fill_(float("nan"))
+            kept = state
+            await bad.close()
+            async for _ in bad:
+                pass
+            assert kept.prev_output_3HW is None and not kept.detector
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+def test_health_and_models() -> None:
+    import httpx2 as httpx
+
+    with live_service() as service:
+        assert httpx.get(service.http + "/healthz").json()["status"] == "ok"
+        assert httpx.get(service.http + "/readyz").status_code == 200
+        (model,) = httpx.get(service.http + "/v1/models").json()["models"]
+        assert model["name"] == "stand-in:0" and model["default"]
+        service.call(service.server.drain())
+        told = httpx.get(service.http + "/readyz")
+        assert told.status_code == 503 and told.json()["code"] == "draining" and told.headers["retry-after"]
