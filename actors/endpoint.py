@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -120,6 +121,19 @@ class Endpoint:
                 await asyncio.sleep(1.0)
         logger.info("this replica is being stopped: %d streams are handed over", len(self.server.connections))
         await self.server.drain()
+
+    async def Stream(self, request_stream: Any) -> AsyncIterator[Any]:  # noqa: N802 - the method's name in live.proto
+        """One stream over gRPC: see `infra.live_grpc`."""
+        from actors.grpc_channel import GrpcChannel
+
+        channel = GrpcChannel(request_stream)
+        serving = asyncio.create_task(self.server.serve(channel))
+        try:
+            async for packet in channel.packets():
+                yield packet
+        finally:
+            channel.leave()
+            await asyncio.gather(serving, return_exceptions=True)
 
     async def __del__(self) -> None:
         for task in self._tasks:

@@ -102,15 +102,15 @@ class _Kept:
     answered: FrameHeader | None = None
 
 
-class _ConnectionLost(Exception):
-    pass
+class _ConnectionLost(ConnectionError):
+    """The other side has gone."""
 
 
 class LiveStream:
     """See the module. An async context manager and an async iterator of `LiveAnswer`.
 
     Args:
-        url: ``ws://`` or ``wss://`` of the service, with or without ``/v1/streams``.
+        url: ``ws://`` or ``wss://`` of the service, with or without ``/v1/streams``; or ``grpc://`` or ``grpcs://``.
         hello: what the stream is; credentials are added from `api_key` or `token`.
         give_up_s: how long the service may be unreachable before the stream fails.
         connect: another transport: takes the address, returns a `Wire`.
@@ -139,9 +139,9 @@ class LiveStream:
             api_key=SecretStr(api_key) if api_key else None, token=SecretStr(token) if token else None
         )
         given = hello.credentials if api_key is None and token is None else credentials
-        self._url = url if "/v1/streams" in url else url.rstrip("/") + "/v1/streams"
+        self._url = url
         self._hello = hello.model_copy(update={"credentials": given})
-        self._give_up_s, self._connect = give_up_s, connect or connect_websocket
+        self._give_up_s, self._connect = give_up_s, connect or _transport(url)
         self.hand_overs = self.restarts = 0
         self.stats: protocol.Stats | None = None
         self._kept: dict[int, _Kept] = {}
@@ -508,13 +508,18 @@ class _WebSocketWire:
 
 
 async def connect_websocket(url: str) -> Wire:
-    """Connect to a WebSocket."""
+    """Connect to ``ws://`` or ``wss://``; the path is the service's unless there is one.
+
+    Raises:
+        OSError: nobody is there, or somebody else.
+    """
     from websockets.asyncio.client import connect
     from websockets.exceptions import WebSocketException
 
+    address = url if "/v1/streams" in url else url.rstrip("/") + "/v1/streams"
     try:
         socket = await connect(
-            url,
+            address,
             subprotocols=[protocol.SUBPROTOCOL],  # type: ignore[list-item]  # a plain string, to the library a type
             max_size=None,
             compression=None,  # pictures are compressed already
@@ -523,6 +528,14 @@ async def connect_websocket(url: str) -> Wire:
     except WebSocketException as error:
         raise _ConnectionLost(str(error)) from error
     return _WebSocketWire(socket)
+
+
+def _transport(url: str) -> Callable[[str], Any]:
+    if url.startswith(("grpc://", "grpcs://")):
+        from infra.live_grpc import connect_grpc
+
+        return connect_grpc
+    return connect_websocket
 
 
 def encode_picture(rgb_HWC: NDArray[np.uint8], codec: protocol.Codec, quality: int) -> bytes:

@@ -1,0 +1,80 @@
+"""A gRPC call as `actors.live_connection.Channel`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from infra import protocol
+from infra.live_grpc import MESSAGE_LIMIT, pack, unpack
+
+logger = logging.getLogger(__name__)
+
+_WAITING: Final = 4  # messages between the stream and gRPC, which has its own flow control
+
+
+class GrpcChannel:
+    """See the module.
+
+    Args:
+        requests: asynchronous iterator of packets from the client. Where it ends, the client has sent its last frame.
+    """
+
+    message_limit = MESSAGE_LIMIT
+
+    def __init__(self, requests: Any) -> None:
+        self._requests = aiter(requests)
+        self._outgoing: asyncio.Queue[str | bytes | None] = asyncio.Queue(_WAITING)
+        self._gone = asyncio.Event()
+        self._half_closed = False
+
+    async def receive(self) -> str | bytes | None:
+        """Return the next message; None when the client has gone."""
+        if self._half_closed or self._gone.is_set():
+            await self._gone.wait()
+            return None
+        coming = asyncio.ensure_future(anext(self._requests, None))
+        leaving = asyncio.ensure_future(self._gone.wait())
+        try:
+            await asyncio.wait([coming, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                return None
+            packet = coming.result()
+        except Exception as error:  # the call was cancelled or its connection is lost
+            logger.debug("a call ended: %s", error)
+            return None
+        finally:
+            leaving.cancel()
+            coming.cancel()
+        if packet is None:
+            self._half_closed = True
+            return protocol.dump(protocol.Close())
+        return unpack(packet)
+
+    async def send(self, message: str | bytes) -> None:
+        """Send a message; to a client that has gone, nothing."""
+        if self._gone.is_set():
+            return
+        putting = asyncio.ensure_future(self._outgoing.put(message))
+        leaving = asyncio.ensure_future(self._gone.wait())
+        await asyncio.wait([putting, leaving], return_when=asyncio.FIRST_COMPLETED)
+        putting.cancel()
+        leaving.cancel()
+
+    async def close(self, code: int, reason: str) -> None:
+        """End the call; the last message has said why."""
+        await self.send(b"")
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self._gone.set()
+
+    async def packets(self) -> AsyncIterator[Any]:
+        """Yield what is sent, until it is closed."""
+        while True:
+            message = await self._outgoing.get()
+            if not message:
+                return
+            yield pack(message)
