@@ -122,7 +122,7 @@ class Endpoint:
         logger.info("this replica is being stopped: %d streams are handed over", len(self.server.connections))
         await self.server.drain()
 
-    async def Stream(self, request_stream: Any) -> AsyncIterator[Any]:  # noqa: N802 - the method's name in live.proto
+    async def Stream(self, request_stream: Any) -> AsyncIterator[Any]:
         """One stream over gRPC: see `infra.live_grpc`."""
         from actors.grpc_channel import GrpcChannel
 

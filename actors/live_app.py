@@ -5,6 +5,7 @@ Every route but the health checks and the page asks who is there. Refusals are J
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -72,10 +73,24 @@ class WebSocketChannel:
 
     def __init__(self, socket: WebSocket) -> None:
         self.socket = socket
+        self._gone = asyncio.Event()
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self._gone.set()
 
     async def receive(self) -> str | bytes | None:
         """Return the next message; None when the client has gone."""
-        message = await self.socket.receive()
+        coming = asyncio.ensure_future(self.socket.receive())
+        leaving = asyncio.ensure_future(self._gone.wait())
+        try:
+            await asyncio.wait([coming, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                return None
+            message = coming.result()
+        finally:
+            coming.cancel()
+            leaving.cancel()
         if message["type"] == "websocket.disconnect":
             return None
         text: str | None = message.get("text")
@@ -154,7 +169,14 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
         offered = socket.scope.get("subprotocols") or []
         # Accepted before anything is refused: what is refused before it reaches clients as HTTP 500 through Ray Serve.
         await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        await get_server().serve(WebSocketChannel(socket))
+        channel = WebSocketChannel(socket)
+        serving = asyncio.create_task(get_server().serve(channel))
+        try:
+            # Serve may cancel the handler of a client that has gone; its stream's state is saved all the same.
+            await asyncio.shield(serving)
+        except asyncio.CancelledError:
+            channel.leave()
+            raise
 
     return app
 

@@ -7,6 +7,7 @@ Codecs run in a pool of threads, one picture of a stream at a time. Knows no tra
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WATCH_S: Final = 0.25
+_FLUSH_S: Final = 5.0
 _FIRST: Final = asyncio.FIRST_COMPLETED
 _T = TypeVar("_T")
 
@@ -78,7 +80,6 @@ class LiveConnection:
 
     Args:
         charge: takes the pixels of a frame that came, returns how many seconds its tenant is too fast.
-        out_size: width and height of the restored pictures, for frames of the size in the hello.
         state_interval_s: between two snapshots of the state.
     """
 
@@ -92,7 +93,6 @@ class LiveConnection:
         states: StateStore,
         codecs: Executor,
         charge: Callable[[int, float], float],
-        max_pixels: int,
         max_message_bytes: int,
         state_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
@@ -102,9 +102,11 @@ class LiveConnection:
         self._charge, self._clock = charge, clock
         self._max_message_bytes, self._state_interval_s = max_message_bytes, state_interval_s
         hello = session.hello
-        self._decoder: FrameDecoder = open_decoder(hello.codec_in, hello.width, hello.height, max_pixels=max_pixels)
+        self._decoder: FrameDecoder = open_decoder(
+            hello.codec_in, hello.width, hello.height, max_pixels=hello.width * hello.height
+        )
         self._encoder: FrameEncoder = open_encoder(hello.codec_out, quality=hello.quality, fps=hello.fps)
-        self._outbox: asyncio.Queue[Answer | str | None] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Answer | str] = asyncio.Queue()
         self._undecoded: dict[int, Incoming] = {}
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._unsent = 0  # answers in the outbox or at the encoder
@@ -118,9 +120,14 @@ class LiveConnection:
         self._ended = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """Serve the stream until it ends, in whatever way; never raises but for a cancellation."""
+    async def run(self, welcome: str) -> None:
+        """Serve the stream until it ends, in whatever way; never raises but for a cancellation.
+
+        Args:
+            welcome: the first message to the client.
+        """
         session = self.session
+        self._outbox.put_nowait(welcome)
         seat = Seat(session, self.engine, self._answer, self._fail)
         self._stepper.seats[str(session.key)] = seat
         tasks = [asyncio.create_task(one) for one in (self._read(), self._write(), self._watch())]
@@ -136,6 +143,8 @@ class LiveConnection:
             if self._stepper.seats.get(str(session.key)) is seat:
                 del self._stepper.seats[str(session.key)]
             await self._release()
+            if self._failed.done():
+                self._failed.exception()  # nobody else may have asked
             self._ended.set()
 
     async def drain(self) -> None:
@@ -167,7 +176,9 @@ class LiveConnection:
         session = self.session
         session.move(SessionState.DRAINING)
         await self._step_out()
-        await self._flush()
+        with contextlib.suppress(TimeoutError):  # a client that does not read gets the rest elsewhere, or never
+            async with asyncio.timeout(_FLUSH_S):
+                await self._flush()
         await self._save_last()
         drain = protocol.Drain(session=session.key.session, resume_at=session.stepped_below)
         await self._say_and_close(protocol.dump(drain), SERVICE_RESTART, "drain")
@@ -251,6 +262,7 @@ class LiveConnection:
             case protocol.Reset():
                 self.session.mark_cut()
             case protocol.Resize():
+                self._require_agreed(message.width, message.height)
                 self._decoder.resize(message.width, message.height)
             case protocol.AskStats():
                 await self._outbox.put(protocol.dump(self.session.stats()))
@@ -262,6 +274,15 @@ class LiveConnection:
             case _:
                 assert_never(message)
         return False
+
+    def _require_agreed(self, width: int, height: int) -> None:
+        agreed = self.session.hello.width * self.session.hello.height
+        if width * height > agreed:
+            raise FrameTooLarge(
+                f"Frames of {width}x{height} are larger than the {agreed} pixels in the stream's hello.",
+                limit=f"{agreed} pixels",
+                remedy="Say the largest size of the stream's frames in its hello.",
+            )
 
     async def _finish_all(self) -> None:
         for decoded in await self._in_pool(self._decoder.flush):
@@ -336,7 +357,7 @@ class LiveConnection:
         while True:
             item = await self._outbox.get()
             if not isinstance(item, Answer):
-                await self._channel.send(item or "")
+                await self._channel.send(item)
                 continue
             began = self._clock()
             payload, key = await self._in_pool(self._encode, item) if item.reason is DropReason.NONE else (b"", False)
@@ -367,9 +388,12 @@ class LiveConnection:
     def _acknowledge(self, below: int, receipt: int) -> None:
         session = self.session
         session.acknowledge(below, receipt, self._clock())
-        while self._saved and self._saved[0] <= session.received:
-            session.durable_below = self._saved.popleft()
+        self._count_durable()
         self._tell_granted()
+
+    def _count_durable(self) -> None:
+        while self._saved and self._saved[0] <= self.session.received:
+            self.session.durable_below = self._saved.popleft()
 
     def _tell_granted(self) -> None:
         """Tell of new credit by a message of its own if no answer will do it soon."""
@@ -388,6 +412,7 @@ class LiveConnection:
             now = self._clock()
             session.check_times(now)
             self._tell_granted()
+            self._count_durable()
             if session.durable_below > self._told_durable:
                 self._told_durable = session.durable_below
                 await self._outbox.put(protocol.dump(protocol.Durable(below=session.durable_below)))

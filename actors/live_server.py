@@ -145,8 +145,7 @@ class LiveServer:
             return
         key = connection.session.key
         try:
-            await channel.send(protocol.dump(welcome))
-            await connection.run()
+            await connection.run(protocol.dump(welcome))
         finally:
             if self.connections.get(key) is connection:
                 del self.connections[key]
@@ -227,7 +226,6 @@ class LiveServer:
             states=self._states,
             codecs=self._codecs,
             charge=guest.charge,
-            max_pixels=config.max_pixels,
             max_message_bytes=min(limit, channel.message_limit),
             state_interval_s=config.state_interval_s,
             clock=self._clock,
@@ -254,9 +252,9 @@ class LiveServer:
         )
         return connection, welcome
 
-    async def _leave_to_newer(self, key: SessionKey) -> None:
+    async def _end_older(self, key: SessionKey) -> None:
         """A client that resumes here a stream that still has a connection here has lost that connection."""
-        older = self.connections.get(key)
+        older = self.connections.pop(key, None)
         if older is not None:
             await older.drain()
 

@@ -41,7 +41,7 @@ builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, __name__, globals())
 Packet: Any = globals()["Packet"]  # its name here is how it is found again where it arrives by pickle
 
 
-def add_LiveServicer_to_server(servicer: Any, server: Any) -> None:  # noqa: N802 - the name that protoc's plugin gives
+def add_LiveServicer_to_server(servicer: Any, server: Any) -> None:
     """Register a servicer with a method `Stream`; what Ray Serve's gRPC ingress asks for."""
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.Stream, request_deserializer=Packet.FromString, response_serializer=Packet.SerializeToString
