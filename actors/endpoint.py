@@ -122,11 +122,12 @@ class Endpoint:
         logger.info("this replica is being stopped: %d streams are handed over", len(self.server.connections))
         await self.server.drain()
 
-    async def Stream(self, request_stream: Any) -> AsyncIterator[Any]:
+    async def Stream(self, request_stream: Any, grpc_context: Any) -> AsyncIterator[Any]:
         """One stream over gRPC: see `infra.live_grpc`."""
         from actors.grpc_channel import GrpcChannel
 
-        channel = GrpcChannel(request_stream)
+        metadata = {str(name).lower(): str(value) for name, value in grpc_context.invocation_metadata()}
+        channel = GrpcChannel(request_stream, metadata, _address(grpc_context.peer()))
         serving = asyncio.create_task(self.server.serve(channel))
         try:
             async for packet in channel.packets():
@@ -139,6 +140,12 @@ class Endpoint:
         for task in self._tasks:
             task.cancel()
         await self.server.stop()
+
+
+def _address(peer: str | None) -> str | None:
+    """Return the address in gRPC's name for the other end, ``ipv4:10.0.0.1:5000`` or ``ipv6:[::1]:5000``."""
+    kind, _, rest = (peer or "").partition(":")
+    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else None
 
 
 def make_application(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from infra import protocol
@@ -20,11 +20,14 @@ class GrpcChannel:
 
     Args:
         requests: asynchronous iterator of packets from the client. Where it ends, the client has sent its last frame.
+        headers: the call's metadata. peer: the client's address, where it is known.
     """
 
     message_limit = MESSAGE_LIMIT
+    is_web = False
 
-    def __init__(self, requests: Any) -> None:
+    def __init__(self, requests: Any, headers: Mapping[str, str], peer: str | None) -> None:
+        self.headers, self.peer = headers, peer
         self._requests = aiter(requests)
         self._outgoing: asyncio.Queue[str | bytes | None] = asyncio.Queue(_WAITING)
         self._gone = asyncio.Event()

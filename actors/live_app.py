@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,9 +70,12 @@ class WebSocketChannel:
     """A WebSocket as `actors.live_connection.Channel`."""
 
     message_limit = WEBSOCKET_MESSAGE_LIMIT
+    is_web = True
 
     def __init__(self, socket: WebSocket) -> None:
         self.socket = socket
+        self.headers: Mapping[str, str] = socket.headers
+        self.peer = socket.client.host if socket.client else None
         self._gone = asyncio.Event()
 
     def leave(self) -> None:

@@ -1,7 +1,7 @@
 """One client's connection: messages in, frames through decoder, session, stepper and encoder, messages out.
 
-Three coroutines: one reads, one writes, one looks at the clock and saves the state. The session decides; this moves.
-Codecs run in a pool of threads, one picture of a stream at a time. Knows no transport: WebSocket and gRPC are channels.
+Four coroutines: one reads, one decodes, one encodes and writes, one looks at the clock and saves the state. The session
+decides; this moves. Codecs run in a pool of threads. Knows no transport: WebSocket and gRPC are channels.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, assert_never
 
 from actors.errors import describe_failure
 from actors.frame_codec import FrameDecoder, FrameEncoder, Undecodable, open_decoder, open_encoder
@@ -31,6 +31,7 @@ from infra.refusals import (
     Refusal,
     ServiceFailure,
     StateLost,
+    Unauthorized,
 )
 from pipeline.frames import tensor_to_frame
 
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH_S: Final = 0.25
 _FLUSH_S: Final = 5.0
+_CREDENTIALS_S: Final = 2.0
 _FIRST: Final = asyncio.FIRST_COMPLETED
 _T = TypeVar("_T")
 
@@ -53,9 +55,14 @@ class Channel(Protocol):
 
     Attributes:
         message_limit: bytes of the largest message that the transport carries.
+        headers: that came with the connection, names in lower case. peer: address of the other end.
+        is_web: browsers can open it, from any page.
     """
 
     message_limit: int
+    is_web: bool
+    headers: Mapping[str, str]
+    peer: str | None
 
     async def receive(self) -> str | bytes | None:
         """Return the next message; None when the client has gone."""
@@ -79,7 +86,8 @@ class LiveConnection:
     """See the module; `run` is the whole life of a stream on this replica.
 
     Args:
-        charge: takes the pixels of a frame that came, returns how many seconds its tenant is too fast.
+        charge: takes the pixels of a frame that came, returns after how many seconds its tenant may try again; 0: charged.
+        may_stay: whether the credentials still hold; may block.
         state_interval_s: between two snapshots of the state.
     """
 
@@ -93,13 +101,14 @@ class LiveConnection:
         states: StateStore,
         codecs: Executor,
         charge: Callable[[int, float], float],
+        may_stay: Callable[[], bool],
         max_message_bytes: int,
         state_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.session, self.engine = session, engine
         self._channel, self._stepper, self._states, self._codecs = channel, stepper, states, codecs
-        self._charge, self._clock = charge, clock
+        self._charge, self._may_stay, self._clock = charge, may_stay, clock
         self._max_message_bytes, self._state_interval_s = max_message_bytes, state_interval_s
         hello = session.hello
         self._decoder: FrameDecoder = open_decoder(
@@ -107,6 +116,7 @@ class LiveConnection:
         )
         self._encoder: FrameEncoder = open_encoder(hello.codec_out, quality=hello.quality, fps=hello.fps)
         self._outbox: asyncio.Queue[Answer | str] = asyncio.Queue()
+        self._intake: asyncio.Queue[tuple[Incoming, memoryview] | protocol.Resize | protocol.Close] = asyncio.Queue()
         self._undecoded: dict[int, Incoming] = {}
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._unsent = 0  # answers in the outbox or at the encoder
@@ -130,8 +140,8 @@ class LiveConnection:
         self._outbox.put_nowait(welcome)
         seat = Seat(session, self.engine, self._answer, self._fail)
         self._stepper.seats[str(session.key)] = seat
-        tasks = [asyncio.create_task(one) for one in (self._read(), self._write(), self._watch())]
-        self._writer = tasks[1]
+        tasks = [asyncio.create_task(one) for one in self._parts()]
+        self._writer = tasks[0]
         try:
             await asyncio.wait([*tasks, self._failed], return_when=_FIRST)
             outcome = self._failed if self._failed.done() else next(task for task in tasks if task.done())
@@ -146,6 +156,9 @@ class LiveConnection:
             if self._failed.done():
                 self._failed.exception()  # nobody else may have asked
             self._ended.set()
+
+    def _parts(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._write(), self._read(), self._prepare(), self._watch()]
 
     async def drain(self) -> None:
         """Hand the stream over: finish the frame in hand, save the state, tell the client where to go on."""
@@ -239,13 +252,13 @@ class LiveConnection:
     # Messages in
 
     async def _read(self) -> None:
+        """Take messages as fast as they come: a client that sends more than it may is noticed at once."""
         while True:
             message = await self._channel.receive()
             if message is None:
                 raise _ClientGone
             if isinstance(message, str):
-                if await self._control(message):
-                    return
+                self._control(message)
                 continue
             if len(message) > self._max_message_bytes:
                 raise FrameTooLarge(
@@ -253,27 +266,24 @@ class LiveConnection:
                     limit=f"{self._max_message_bytes} bytes for frames of the size in the hello",
                     remedy="Say the largest size of the stream's frames in its hello, or compress them more.",
                 )
-            await self._frame(message)
+            self._arrive(message)
 
-    async def _control(self, text: str) -> bool:
-        """Do what a control message says; True if it ends the stream."""
+    def _control(self, text: str) -> None:
         message = protocol.parse_control(text)
         match message:
             case protocol.Reset():
                 self.session.mark_cut()
             case protocol.Resize():
                 self._require_agreed(message.width, message.height)
-                self._decoder.resize(message.width, message.height)
+                self._intake.put_nowait(message)
             case protocol.AskStats():
-                await self._outbox.put(protocol.dump(self.session.stats()))
+                self._outbox.put_nowait(protocol.dump(self.session.stats()))
             case protocol.Delivered():
                 self._acknowledge(message.below, message.receipt)
             case protocol.Close():
-                await self._finish_all()
-                return True
+                self._intake.put_nowait(message)
             case _:
                 assert_never(message)
-        return False
 
     def _require_agreed(self, width: int, height: int) -> None:
         agreed = self.session.hello.width * self.session.hello.height
@@ -284,6 +294,41 @@ class LiveConnection:
                 remedy="Say the largest size of the stream's frames in its hello.",
             )
 
+    def _arrive(self, message: bytes) -> None:
+        session = self.session
+        header, payload = FrameHeader.unpack(message)
+        self._acknowledge(header.acknowledged, header.receipt)
+        frame = session.arrive(header, self._clock())
+        if frame.reason is not DropReason.NONE:
+            self._answer(session.drop(frame, frame.reason))
+            return
+        self._intake.put_nowait((frame, payload))
+
+    async def _prepare(self) -> None:
+        """Charge and decode what came, in its order; ends after a `Close`, when everything has been answered."""
+        while True:
+            item = await self._intake.get()
+            if isinstance(item, protocol.Resize):
+                self._decoder.resize(item.width, item.height)
+            elif isinstance(item, protocol.Close):
+                await self._finish_all()
+                return
+            else:
+                frame, payload = item
+                await self._charge_for(frame)
+                if frame.reason is DropReason.NONE or self.session.hello.codec_in == "h264":
+                    await self._decode(frame, payload)
+                else:
+                    self._take_place(frame)
+
+    async def _charge_for(self, frame: Incoming) -> None:
+        hello = self.session.hello
+        while not frame.replayed and (early_s := self._charge(hello.width * hello.height, self._clock())) > 0:
+            if not isinstance(hello.policy, Lossless):
+                frame.reason = DropReason.RATE
+                return
+            await asyncio.sleep(early_s)
+
     async def _finish_all(self) -> None:
         for decoded in await self._in_pool(self._decoder.flush):
             self._decoded(decoded.id, decoded.rgb_HWC)
@@ -292,30 +337,10 @@ class LiveConnection:
             self._stepper.wake()
             await self._moved.wait()
 
-    async def _frame(self, message: bytes) -> None:
-        session = self.session
-        header, payload = FrameHeader.unpack(message)
-        now = self._clock()
-        self._acknowledge(header.acknowledged, header.receipt)
-        frame = session.arrive(header, now)
-        if frame.reason is not DropReason.NONE:
-            self._answer(session.drop(frame, frame.reason))
-            return
-        too_fast_s = self._charge(session.hello.width * session.hello.height, now)
-        if too_fast_s > 0 and not frame.replayed:
-            if isinstance(session.hello.policy, Lossless):
-                session.not_before = max(session.not_before, now + too_fast_s)
-            else:
-                frame.reason = DropReason.RATE
-        if frame.reason is DropReason.NONE or session.hello.codec_in == "h264":
-            await self._decode(frame, payload, header.flags)
-        else:
-            self._take_place(frame)
-
-    async def _decode(self, frame: Incoming, payload: memoryview, flags: Flag) -> None:
+    async def _decode(self, frame: Incoming, payload: memoryview) -> None:
         self._undecoded[frame.id] = frame
         try:
-            pictures = await self._in_pool(self._decoder.decode, payload, frame.id, Flag.KEY in flags)
+            pictures = await self._in_pool(self._decoder.decode, payload, frame.id, Flag.KEY in frame.flags)
         except Undecodable as error:
             logger.debug("stream %s, frame %d: %s", self.session.key, frame.id, error)
             frame.reason = DropReason.UNDECODABLE
@@ -407,9 +432,13 @@ class LiveConnection:
 
     async def _watch(self) -> None:
         session = self.session
+        checked = self._clock()
         while True:
             await asyncio.sleep(_WATCH_S)
             now = self._clock()
+            if now - checked >= _CREDENTIALS_S:
+                checked = now
+                await self._require_credentials()
             session.check_times(now)
             self._tell_granted()
             self._count_durable()
@@ -421,6 +450,14 @@ class LiveConnection:
                 self._save_due = True
                 if session.in_step is None:
                     self._save()
+
+    async def _require_credentials(self) -> None:
+        if not await asyncio.to_thread(self._may_stay):
+            raise Unauthorized(
+                "The stream's credentials are no longer good.",
+                code="credentials-ended",
+                remedy="Open another stream with a valid key or token.",
+            )
 
     def _save(self) -> None:
         """Save the state as it is now, between two steps; off the way of the frames."""

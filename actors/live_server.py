@@ -63,21 +63,23 @@ class Guest:
 
     Attributes:
         tenant: its name.
-        charge: takes the pixels of a frame and the time, returns how many seconds too early it came.
+        charge: takes the pixels of a frame and the time, returns after how many seconds to try again; 0: charged.
         leave: gives back what the stream took of the tenant's limits.
+        may_stay: whether the tenant's credentials still hold; may block.
     """
 
     tenant: str
-    charge: Callable[[int, float], float]
-    leave: Callable[[], None]
+    charge: Callable[[int, float], float] = lambda pixels, now: 0.0
+    leave: Callable[[], None] = lambda: None
+    may_stay: Callable[[], bool] = lambda: True
 
 
-Gate = Callable[[protocol.Credentials, Channel], Awaitable[Guest]]
+Gate = Callable[[Hello, Channel], Awaitable[Guest]]
 
 
-async def open_gate(credentials: protocol.Credentials, channel: Channel) -> Guest:
+async def open_gate(hello: Hello, channel: Channel) -> Guest:
     """Let everybody in, as one tenant without limits."""
-    return Guest("public", lambda pixels, now: 0.0, lambda: None)
+    return Guest("local")
 
 
 class LiveServer:
@@ -130,7 +132,7 @@ class LiveServer:
         try:
             hello = await self._hello(channel)
             self._require_open()
-            guest = await self._gate(hello.credentials, channel)
+            guest = await self._gate(hello, channel)
             connection, welcome = await self._open(hello, guest, channel)
         except Refusal as refusal:
             if guest is not None:
@@ -226,6 +228,7 @@ class LiveServer:
             states=self._states,
             codecs=self._codecs,
             charge=guest.charge,
+            may_stay=guest.may_stay,
             max_message_bytes=min(limit, channel.message_limit),
             state_interval_s=config.state_interval_s,
             clock=self._clock,

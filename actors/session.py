@@ -168,8 +168,8 @@ class Session:
         self._unread: deque[tuple[int, int]] = deque()  # id and receipt of answers that are not acknowledged
         self._unread_since = now
         self._read = (0, 0)
-        self._marked_cut = False
-        self.not_before = now  # a lossless stream that was faster than its tenant may be waits until then
+        self._marked_cut = False  # by the client, for the next frame that arrives
+        self._passed_cut = False  # by a dropped frame, for the next one that waits
         self._first_answer = True
 
     # The life of the stream
@@ -280,6 +280,9 @@ class Session:
             return frame
         if self._next_id is not None and header.id > self._next_id:
             frame.flags |= Flag.GAP
+        if self._marked_cut:
+            frame.flags |= Flag.CUT
+            self._marked_cut = False
         self._next_id = header.id + 1
         frame.replayed = header.id < self.received
         frame.decode_only = header.id < self.resume_at or (frame.replayed and header.reason is not DropReason.NONE)
@@ -290,10 +293,10 @@ class Session:
         self._marked_cut = True
 
     def wait(self, frame: Incoming) -> None:
-        """Put a frame in its place behind those that wait. A cut that was marked before belongs to it."""
-        if self._marked_cut:
+        """Put a frame in its place behind those that wait."""
+        if self._passed_cut:
             frame.flags |= Flag.CUT
-            self._marked_cut = False
+            self._passed_cut = False
         self._waiting.append(frame)
 
     @property
@@ -303,9 +306,9 @@ class Session:
 
     # Frames out
 
-    def due(self, now: float) -> float | None:
+    def due(self) -> float | None:
         """Return by when the next frame wants to be taken (smaller: more urgent); None if there is nothing to take."""
-        if self.in_step is not None or not self._waiting or now < self.not_before:
+        if self.in_step is not None or not self._waiting:
             return None
         frame = self._candidate() or self._waiting[0]
         return frame.arrived + (self.ladder.budget_s if self.ladder.budget_s is not None else 1.0)
@@ -363,7 +366,7 @@ class Session:
             if self._waiting:
                 self._waiting[0].flags |= Flag.CUT
             else:
-                self._marked_cut = True
+                self._passed_cut = True
 
     def drop(self, frame: Incoming, reason: DropReason) -> Answer:
         """Return the answer to a frame that is not restored."""

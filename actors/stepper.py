@@ -89,12 +89,7 @@ class Stepper:
 
     async def _run(self) -> None:
         while True:
-            pause_s = self._pause_s()
-            try:
-                async with asyncio.timeout(pause_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await self._wake.wait()
             self._wake.clear()
             while batches := self._take():
                 self._idle.clear()
@@ -104,17 +99,10 @@ class Stepper:
                 finally:
                     self._idle.set()
 
-    def _pause_s(self) -> float | None:
-        """Return for how long nothing can be due: until the first session that has to wait for its rate may go on."""
-        now = self._clock()
-        held = [seat.session.not_before - now for seat in self.seats.values() if seat.session.waiting]
-        held = [wait_s for wait_s in held if wait_s > 0]
-        return min(held) + 0.001 if held else None
-
     def _take(self) -> list[tuple[LiveEngine, list[_Taken]]]:
-        """Return the most urgent batch (rarely two: where a session's next frame is of another size than its last)."""
+        """Return the most urgent batch (two where a late frame was dropped and the one behind it has another size)."""
         now = self._clock()
-        urgent = [(due, seat) for seat in self.seats.values() if (due := seat.session.due(now)) is not None]
+        urgent = [(due, seat) for seat in self.seats.values() if (due := seat.session.due()) is not None]
         if not urgent:
             return []
         urgent.sort(key=lambda pair: pair[0])

@@ -1,0 +1,64 @@
+"""Who may open a stream, and how much of it: credentials, scopes, origins and the limits of tenants, at one door."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from actors.live_server import Guest
+from infra.auth import client_address
+from infra.listening import authenticator_for, origin_policy_for
+from infra.tenants import Accounts, Scope, Tenant, require
+
+if TYPE_CHECKING:
+    from actors.live_connection import Channel
+    from infra.live_settings import LiveSettings
+    from infra.protocol import Hello
+
+
+class SettingsGate:
+    """The door of a replica, by the settings of the service.
+
+    Attributes:
+        authenticator, accounts, origins: also for the routes that are not streams.
+
+    Raises:
+        SettingsError: a file of keys cannot be used.
+    """
+
+    def __init__(self, settings: LiveSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self.authenticator = authenticator_for(settings)
+        self.accounts = Accounts(settings.limits_of)
+        self.origins = origin_policy_for(settings)
+        self._proxies = [ipaddress.ip_network(each) for each in settings.trusted_proxies]
+        self._clock = clock
+
+    async def __call__(self, hello: Hello, channel: Channel) -> Guest:
+        """Let a client in.
+
+        Raises:
+            Unauthorized, Forbidden, RateExceeded, FrameTooLarge, AdmissionRefused: not this one, or not now.
+        """
+        if channel.is_web:
+            self.origins.check(origin=channel.headers.get("origin"), host=channel.headers.get("host"))
+        tenant = await self.tenant(hello.credentials, channel)
+        require(tenant, Scope.LIVE)
+        self.accounts.check_frame(tenant, hello.width, hello.height)
+        lease = self.accounts.open_session(tenant)
+        return Guest(
+            tenant.name,
+            charge=lambda pixels, now: self.accounts.charge_pixels(tenant, pixels, now),
+            leave=lease.close,
+            may_stay=lambda: self.authenticator.still_admits(tenant),
+        )
+
+    async def tenant(self, presented: object, channel: Channel) -> Tenant:
+        """Return whom credentials let in: those of a hello, or where it has none those of the transport's headers."""
+        address = client_address(channel.peer, channel.headers, self._proxies)
+        credentials = getattr(presented, "api_key", None) or getattr(presented, "token", None)
+        shown = presented if credentials is not None else channel.headers
+        return await asyncio.to_thread(self.authenticator.authenticate, shown, address=address)  # type: ignore[arg-type]
