@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from actors.gate import SettingsGate
 from actors.live_server import LiveConfig, LiveServer
 from actors.state_holder import HeldStates, holder
+from infra.live_settings import LiveSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -37,6 +39,8 @@ class EngineConfig(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
     flow: str = "auto"
+    threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a step; 0: all cores")
+    largest_batch: int = Field(default=8, ge=1, le=64, description="streams that are stepped together at most")
 
 
 class ModelList(BaseModel):
@@ -59,8 +63,9 @@ def _build() -> FastAPI:
 class Endpoint:
     """One replica. Loads its models before it counts as ready."""
 
-    def __init__(self, config: dict[str, Any], engine: dict[str, Any]) -> None:
-        self._config = LiveConfig(**config)
+    def __init__(self, settings: dict[str, Any], engine: dict[str, Any]) -> None:
+        self._settings = LiveSettings(**settings)
+        self._config = LiveConfig.from_settings(self._settings)
         self._engine_config = EngineConfig(**engine)
         context = serve.get_replica_context()
         actor = holder(
@@ -70,7 +75,8 @@ class Endpoint:
         )
         self._replica = context.replica_tag
         self._holder: Any = actor
-        self.server = LiveServer(self._config, {}, states=HeldStates(actor))
+        self.gate = SettingsGate(self._settings)
+        self.server = LiveServer(self._config, {}, states=HeldStates(actor), gate=self.gate)
         self._tasks: list[asyncio.Task[None]] = []
         self._started = False
 
@@ -100,7 +106,7 @@ class Endpoint:
         from pipeline.engine import open_engine
 
         options, device = self._engine_config, choose_device(self._engine_config.device)
-        threads = self._config.threads or usable_cores()
+        threads = options.threads or usable_cores()
         torch.set_num_threads(threads)
         pipe = open_engine(
             local_model(name),
@@ -109,7 +115,7 @@ class Endpoint:
             flow=None if options.flow == "auto" else options.flow,  # type: ignore[arg-type]  # checked when loaded
             max_pixels=self._config.max_pixels,
         )
-        return LiveEngine(pipe, name, largest_batch=self._config.largest_batch, threads=threads)
+        return LiveEngine(pipe, name, largest_batch=options.largest_batch, threads=threads)
 
     async def _watch_for_drain(self) -> None:
         while True:
@@ -150,8 +156,7 @@ def _address(peer: str | None) -> str | None:
 
 def make_application(
     *,
-    models: list[str],
-    live: LiveConfig,
+    settings: LiveSettings,
     engine: EngineConfig,
     replicas: int = 1,
     num_gpus: float = 0.0,
@@ -161,6 +166,7 @@ def make_application(
     """Return the application for `serve.run`.
 
     Args:
+        settings: of the service; their models become the `user_config`.
         replicas: each holds all models.
         num_gpus, num_cpus: what a replica reserves.
         drain_s: how long a replica that is stopped may take to hand its streams over.
@@ -171,11 +177,11 @@ def make_application(
         num_replicas=replicas,
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
         # Streams are counted and refused by the replica itself, in words; Serve must not queue them before.
-        max_ongoing_requests=4 * live.most_sessions + 100,
+        max_ongoing_requests=4 * settings.sessions + 100,
         graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
-        user_config=ModelList(models=models).model_dump(),
+        user_config=ModelList(models=list(settings.models)).model_dump(),
     )
-    return deployment.bind(live.model_dump(), engine.model_dump())
+    return deployment.bind(settings.model_dump(mode="json", exclude={"models"}), engine.model_dump())

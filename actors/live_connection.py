@@ -86,7 +86,7 @@ class LiveConnection:
     """See the module; `run` is the whole life of a stream on this replica.
 
     Args:
-        charge: takes the pixels of a frame that came, returns after how many seconds its tenant may try again; 0: charged.
+        charge: takes the pixels of a frame that came, returns after how many seconds to try again; 0: charged.
         may_stay: whether the credentials still hold; may block.
         state_interval_s: between two snapshots of the state.
     """

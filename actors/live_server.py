@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,6 +32,7 @@ from pipeline.state import StreamState
 
 if TYPE_CHECKING:
     from actors.live_engine import LiveEngine
+    from infra.live_settings import LiveSettings
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,21 @@ class LiveConfig(BaseModel):
     hello_timeout_s: float = Field(default=HELLO_TIMEOUT_S, gt=0, le=60)
     state_interval_s: float = Field(default=1.0, gt=0)
     state_bytes: int = Field(default=4 << 30, ge=1 << 20)
-    largest_batch: int = Field(default=8, ge=1, le=64)
-    threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a step; 0: all cores")
+    ladder: bool = True
+
+    @classmethod
+    def from_settings(cls, settings: LiveSettings) -> Self:
+        """Return what the service's settings say of a replica."""
+        return cls(
+            most_sessions=settings.sessions,
+            max_pixels=settings.greatest_side**2,
+            window=settings.window,
+            idle_timeout_s=settings.idle_timeout_s,
+            max_life_s=settings.max_life_s,
+            hello_timeout_s=settings.hello_timeout_s,
+            state_interval_s=settings.state_interval_s,
+            ladder=settings.ladder,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +228,8 @@ class LiveServer:
             resume_at=takeover.snapshot.below if takeover else 0,
             received=hello.resume.received if hello.resume else 0,
         )
+        if not config.ladder:
+            session.ladder.budget_s = None
         others = [(one.session, one.engine) for one in self.connections.values()]
         self._admission.require_room(others, session, engine)
         token = hello.resume.token.get_secret_value() if hello.resume else ""

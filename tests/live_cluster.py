@@ -50,7 +50,7 @@ class LiveCluster:
     def deploy(self, *, models: list[str], replicas: int = 1, **options: Any) -> None:
         """Deploy the application, or roll it over to these options; returns when the new version runs.
 
-        `options`: of `LiveConfig`; `wait=False` returns at once.
+        `options`: of `LiveSettings`, besides `drain_s`, `threads` and `largest_batch`.
         """
         self.order("deploy", models=models, replicas=replicas, options=options)
 
@@ -115,23 +115,19 @@ def _obey(order: dict[str, Any]) -> Any:
     from ray import serve
 
     from actors.endpoint import EngineConfig, make_application
-    from actors.live_server import LiveConfig
+    from infra.live_settings import LiveSettings
 
     if order["what"] == "ready":
         return True
     if order["what"] == "deploy":
         options = order["options"]
-        wait, drain_s = options.pop("wait", True), options.pop("drain_s", 30.0)
+        drain_s = options.pop("drain_s", 30.0)
+        engine = EngineConfig(threads=options.pop("threads", 1), largest_batch=options.pop("largest_batch", 8))
+        settings = LiveSettings(models=order["models"], **options)
         application = make_application(
-            models=order["models"],
-            live=LiveConfig(**options),
-            engine=EngineConfig(),
-            replicas=order["replicas"],
-            num_cpus=0.5,
-            drain_s=drain_s,
+            settings=settings, engine=engine, replicas=order["replicas"], num_cpus=0.5, drain_s=drain_s
         )
-        run = serve.run if wait else serve._run  # type: ignore[attr-defined]
-        run(application, name="live", route_prefix="/", **({} if wait else {"_blocking": False}))
+        serve.run(application, name="live", route_prefix="/")
         return True
     if order["what"] == "delete":
         serve.delete("live", _blocking=False)

@@ -171,7 +171,7 @@ def test_deleting_tells_clients_where_they_are(cluster: LiveCluster) -> None:
 
 def test_a_full_service_says_so(cluster: LiveCluster) -> None:
     """Not HTTP 500, which is what Serve makes of a WebSocket that is refused before it is accepted."""
-    cluster.deploy(models=["stand-in:5"], replicas=1, most_sessions=1)
+    cluster.deploy(models=["stand-in:5"], replicas=1, sessions=1)
 
     async def run() -> None:
         async with LiveStream(cluster.url, HELLO) as first:
