@@ -106,9 +106,9 @@ class ScriptedChannel:
 
 def conversation(mood: random.Random) -> list[str | bytes]:
     """A client that is mostly right, and then is not."""
+    picture = np.zeros((16, 16, 3), np.uint8).tobytes()
     script: list[str | bytes] = [dump(Hello(width=16, height=16, codec_in="raw", codec_out="raw"))]
-    for number in range(mood.randrange(6)):
-        script.append(FrameHeader(number).pack(np.zeros((16, 16, 3), np.uint8).tobytes()))
+    script += [FrameHeader(number).pack(picture) for number in range(mood.randrange(6))]
     for _ in range(mood.randrange(1, 5)):
         victim = mood.choice(script)
         kind = mood.randrange(5)
