@@ -172,7 +172,7 @@ class LiveConnection:
         session = self.session
         if error is None:  # closed by the client, everything answered
             session.move(SessionState.CLOSED)
-            await self._states.close(session.key, session.epoch)
+            await self._forget()
             totals = session.totals
             last = protocol.Closed(frames_in=totals.frames_in, frames_out=totals.frames_out)
             await self._say_and_close(protocol.dump(last), NORMAL_CLOSURE, "closed")
@@ -207,9 +207,16 @@ class LiveConnection:
             )
         session.move(SessionState.FAILED)
         if not isinstance(error, StateLost):  # another replica goes on with it: not ours to close
-            await self._states.close(session.key, session.epoch)
+            await self._forget()
         logger.info("stream %s is refused: %s", session.key, error.code)
         await self._say_and_close(protocol.dump_refusal(error), error.close_code, error.code)
+
+    async def _forget(self) -> None:
+        """Have the stream's states wiped out; if that fails, they expire."""
+        try:
+            await self._states.close(self.session.key, self.session.epoch)
+        except Exception as error:
+            logger.warning("stream %s: its states are kept until they expire: %s", self.session.key, error)
 
     async def _say_and_close(self, message: str, code: int, reason: str) -> None:
         try:
