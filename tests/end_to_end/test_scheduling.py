@@ -29,7 +29,8 @@ def test_two_workers_take_half_as_long_and_as_long_as_was_said() -> None:
 
 
 def test_two_workers_with_a_real_model() -> None:
-    found = measure("--model", "tiny", "--frames", "2000", "--runs", "5")["scaling"]
+    # Four steps, which are its default; with one, encoder and driver take a share of two cores that decides the result.
+    found = measure("--model", "tiny", "--steps", "4", "--frames", "600", "--runs", "5")["scaling"]
     assert found["speedup"] >= 1.6
     assert abs(found["forecast_error"]) <= 0.15
 
