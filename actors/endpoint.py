@@ -90,10 +90,11 @@ class Endpoint:
             self._tasks.append(loop.create_task(self._watch_for_drain()))
         engines: dict[str, LiveEngine] = {}
         for name in wanted:
-            known = self.server.engines.get(name)
-            engines[name] = known or await loop.run_in_executor(None, self._load, name)
-            if known is None:
-                await self.server.stepper.in_thread(engines[name].warm)
+            engine = self.server.engines.get(name)
+            if engine is None:
+                engine = await loop.run_in_executor(None, self._load, name)
+                await self.server.stepper.in_thread(engine.warm)
+            engines[name] = engine
         self.server.engines.clear()
         self.server.engines.update(engines)
 

@@ -9,9 +9,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request, WebSocket
+from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -131,7 +131,6 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
     )
-    server = Annotated[LiveServer, Depends(get_server)]
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:
@@ -150,7 +149,8 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
         return Health(status="ok")
 
     @app.get("/readyz", summary="Whether it restores: models are loaded and have made a step")
-    async def readyz(server: server) -> Health:
+    async def readyz() -> Health:
+        server = get_server()
         if server.draining:
             raise AdmissionRefused(
                 "This replica is going away.", code="draining", remedy="Ask another one.", retry_after_s=1.0
@@ -158,9 +158,9 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
         return Health(status="ok", streams=len(server.connections))
 
     @app.get("/v1/models", summary="The models that streams can ask for")
-    async def models(server: server) -> Models:
+    async def models() -> Models:
         cards = []
-        for number, engine in enumerate(server.engines.values()):
+        for number, engine in enumerate(get_server().engines.values()):
             step_ms = {str(steps): round(1000 * engine.cost_s(180, 320, steps), 3) for steps in (4, 2, 1)}
             cards.append(
                 ModelCard(name=engine.name, model_sha256=engine.model_sha256, default=number == 0, step_ms=step_ms)

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, assert_never, cast
 
 from actors.errors import describe_failure
 from actors.frame_codec import FrameDecoder, FrameEncoder, Undecodable, open_decoder, open_encoder
@@ -410,10 +410,11 @@ class LiveConnection:
         if answer.output is None:
             picture = resize(rgb_HWC, width, height, "cubic")
         else:
-            picture = resize(tensor_to_frame(answer.output, rgb_HWC.dtype), width, height)
+            restored = cast("NDArray[np.uint8]", tensor_to_frame(answer.output, rgb_HWC.dtype))
+            picture = resize(restored, width, height)
         answer.frame.rgb_HWC = None
         fresh = bool(answer.flags & (Flag.RESET | Flag.RESUMED))
-        encoded = self._encoder.encode(picture, answer.frame.id, force_key=fresh)
+        encoded = self._encoder.encode(cast("NDArray[np.uint8]", picture), answer.frame.id, force_key=fresh)
         (only,) = encoded  # the encoders of live streams hold nothing back
         return only.payload, only.key
 

@@ -206,8 +206,8 @@ class LiveServer:
         engine = self._engine(hello)
         if hello.resume is not None:
             key = SessionKey(guest.tenant, hello.resume.session)
-            await self._leave_to_newer(key)
             takeover = await self._states.take_over(key, hello.resume.token.get_secret_value(), hello.resume.received)
+            await self._end_older(key)
             engine = self._engine_of(str(takeover.about.get(_ABOUT_MODEL)), key)
         else:
             key = SessionKey(guest.tenant, secrets.token_hex(8))

@@ -35,7 +35,7 @@ class QualityLadder:
     level: int = field(init=False)
     _calm_s: float = field(init=False, default=_CALM_S)
     _since: float | None = field(init=False, default=None)
-    _reached: float = field(init=False, default=float("-inf"))
+    _reached: float | None = field(init=False, default=None)  # when it went up, until that has held
     _worst_s: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
@@ -53,6 +53,8 @@ class QualityLadder:
         if latency_s > self.budget_s:
             self._down(now)
             return self.level
+        if self._reached is not None and now - self._reached >= _TOO_EARLY_S:  # it has held
+            self._calm_s, self._reached = max(_CALM_S, self._calm_s / 2), None
         if self._since is None:
             self._since, self._worst_s = now, 0.0
         self._worst_s = max(self._worst_s, latency_s)
@@ -71,9 +73,8 @@ class QualityLadder:
 
     def _down(self, now: float) -> None:
         self._since = None
-        if now - self._reached < _TOO_EARLY_S:
-            self._calm_s = min(2 * self._calm_s, _LONGEST_CALM_S)
-            self._reached = float("-inf")
+        if self._reached is not None:
+            self._calm_s, self._reached = min(2 * self._calm_s, _LONGEST_CALM_S), None
         below = [level for level in self._allowed() if level < self.level]
         if below:
             self.level = below[0]
@@ -83,8 +84,6 @@ class QualityLadder:
         dearer = _FIXED_SHARE + (1 - _FIXED_SHARE) * above / max(self.level, 0.5)
         assert self.budget_s is not None
         if self._worst_s * dearer <= _ROOM * self.budget_s:
-            if now - self._reached >= _TOO_EARLY_S + self._calm_s:
-                self._calm_s = max(_CALM_S, self._calm_s / 2)
             self.level = above
             self._reached = now
         self._since = None

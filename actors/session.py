@@ -24,6 +24,7 @@ from infra.refusals import BadMessage, OutOfOrder, RateExceeded, TimedOut
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from pipeline.state import StreamState
 
@@ -109,7 +110,7 @@ class Answer:
     flags: Flag = NO_FLAGS
     queue_us: int = 0
     step_us: int = 0
-    output: object = None
+    output: Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -123,7 +123,8 @@ def holder(application: str, *, kept_s: float, most_bytes: int) -> ActorHandle[S
         max_restarts=-1,
         max_concurrency=10_000,  # every replica has a call waiting
     )
-    return actor.remote(kept_s, most_bytes)  # type: ignore[no-any-return]  # Ray's decorators lose the type
+    made: ActorHandle[StateHolder] = actor.remote(kept_s, most_bytes)
+    return made
 
 
 class HeldStates:

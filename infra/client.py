@@ -219,7 +219,8 @@ class LiveStream:
         async with self._changed:
             await self._changed.wait_for(lambda: self._answers or self._error or self._closed)
             if not self._answers:
-                self._raise_if_over()
+                if self._error is not None:
+                    raise self._error
                 raise StopAsyncIteration
             answer = self._answers.popleft()
             if answer._connection == self._connection:

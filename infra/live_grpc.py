@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 from typing import Any, Final
 
-import grpc
-from google.protobuf import descriptor_pb2, descriptor_pool
-from google.protobuf.internal import builder
+import grpc  # type: ignore[import-untyped]
+from google.protobuf import descriptor_pb2, descriptor_pool  # type: ignore[import-untyped]
+from google.protobuf.internal import builder  # type: ignore[import-untyped]
 
 SERVICE: Final = "upriver.live.v1.Live"
 METHOD: Final = "Stream"

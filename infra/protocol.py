@@ -142,7 +142,8 @@ class FrameHeader:
             reason = DropReason(reason)
         except ValueError:
             raise _bad(f"A frame's header has the unknown reason {reason}.") from None
-        return cls(*fields[6:8], Flag(flags), level, reason, *fields[8:]), memoryview(message)[HEADER_BYTES:]
+        id_, pts, *rest = fields[6:]
+        return cls(id_, pts, Flag(flags), level, reason, *rest), memoryview(message)[HEADER_BYTES:]
 
 
 class _Message(BaseModel):
