@@ -172,7 +172,7 @@ def make_application(
         num_gpus, num_cpus: what a replica reserves.
         drain_s: how long a replica that is stopped may take to hand its streams over.
     """
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(  # Serve's types do not know what its decorators return
         serve.ingress(_build)(Endpoint),
         name="live",
         num_replicas=replicas,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
@@ -74,42 +75,56 @@ class StateHolder:
         return True
 
     async def _watch_serve(self) -> None:
+        seen: set[str] = set()
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                running, stopping = await replica_states()
+                replicas = await serve_replicas()
             except Exception as error:  # the controller restarts, or Serve is shut down
                 logger.debug("Serve's controller does not answer: %s", error)
                 continue
-            for replica, (deployment, alone_for_good) in stopping.items():
-                successor = any(other == deployment for other in running.values())
-                if replica in self._watched and (successor or alone_for_good):
-                    self._watched[replica].set()
-            for gone in set(self._watched) - set(running) - set(stopping):
-                self._watched[gone].set()
-                del self._watched[gone]
+            running = {replica.deployment for replica in replicas.values() if replica.state == "RUNNING"}
+            for name, replica in replicas.items():
+                if replica.state == "STOPPING" and (replica.deployment in running or replica.is_last):
+                    self._tell(name)
+            for gone in seen - set(replicas):
+                self._tell(gone)
+                self._watched.pop(gone, None)
+            seen = set(replicas)
+
+    def _tell(self, replica: str) -> None:
+        if replica in self._watched:
+            self._watched[replica].set()
 
 
-async def replica_states() -> tuple[dict[str, str], dict[str, tuple[str, bool]]]:
-    """Return the running replicas with their deployments, and the stopping ones with theirs.
+@dataclass(frozen=True, slots=True)
+class ServeReplica:
+    """What Serve knows of a replica.
 
-    With each stopping one goes whether no successor is to be expected, because its application is deleted or wants no
-    replicas.
+    Attributes:
+        state: STARTING, RUNNING, STOPPING and others.
+        is_last: no successor is to be expected: its application is deleted, or wants no replicas.
     """
-    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+
+    deployment: str
+    state: str
+    is_last: bool
+
+
+async def serve_replicas() -> dict[str, ServeReplica]:
+    """Return all replicas by their ids.
+
+    Serve's public status only counts them. What its controller returns here is what the dashboard's REST API shows.
+    """
+    controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     details = await controller.get_serve_instance_details.remote()
-    running: dict[str, str] = {}
-    stopping: dict[str, tuple[str, bool]] = {}
+    found: dict[str, ServeReplica] = {}
     for app_name, app in details["applications"].items():
         for name, deployment in app["deployments"].items():
-            full = f"{app_name}#{name}"
-            last = app["status"] == "DELETING" or deployment["target_num_replicas"] == 0
+            is_last = app["status"] == "DELETING" or deployment["target_num_replicas"] == 0
             for replica in deployment["replicas"]:
-                if replica["state"] == "STOPPING":
-                    stopping[replica["replica_id"]] = (full, last)
-                elif replica["state"] == "RUNNING":
-                    running[replica["replica_id"]] = full
-    return running, stopping
+                found[replica["replica_id"]] = ServeReplica(f"{app_name}#{name}", replica["state"], is_last)
+    return found
 
 
 def holder(application: str, *, kept_s: float, most_bytes: int) -> ActorHandle[StateHolder]:
