@@ -18,7 +18,7 @@ from ray import serve
 from actors.gate import SettingsGate
 from actors.live_server import LiveConfig, LiveServer
 from actors.state_holder import HeldStates, holder
-from infra.live_settings import LiveSettings
+from infra.live_settings import LiveSettings, load_live_settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 APPLICATION: Final = "upriver"
+DEPLOYMENT: Final = "live"
 _ASK_S: Final = 20.0
 
 
@@ -155,34 +156,46 @@ def _address(peer: str | None) -> str | None:
     return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else None
 
 
-def make_application(
-    *,
-    settings: LiveSettings,
-    engine: EngineConfig,
-    replicas: int = 1,
-    num_gpus: float = 0.0,
-    num_cpus: float = 1.0,
-    drain_s: float = 60.0,
-) -> Application:
-    """Return the application for `serve.run`.
+class ApplicationArguments(BaseModel):
+    """What an application is made from: the `args` of a Serve configuration file.
 
-    Args:
-        settings: of the service; their models become the `user_config`.
+    Attributes:
+        live: settings of the service, see `infra.live_settings`; those of the environment and the file apply as well.
         replicas: each holds all models.
         num_gpus, num_cpus: what a replica reserves.
         drain_s: how long a replica that is stopped may take to hand its streams over.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    live: dict[str, Any] = {}
+    engine: EngineConfig = EngineConfig()
+    replicas: int = Field(default=1, ge=1, le=4096)
+    num_gpus: float = Field(default=0.0, ge=0, le=64)
+    num_cpus: float = Field(default=1.0, ge=0, le=4096)
+    drain_s: float = Field(default=60.0, gt=0, le=86_400)
+
+
+def application(args: ApplicationArguments | dict[str, Any]) -> Application:
+    """Return the live service as Ray Serve deploys it: the `import_path` of a Serve configuration file.
+
+    Raises:
+        SettingsError: the settings do not go together.
+        ValidationError: no such argument.
+    """
+    args = ApplicationArguments.model_validate(args)
+    settings = load_live_settings(args.live).values
     deployment: Any = serve.deployment(  # Serve's types do not know what its decorators return
         serve.ingress(_build)(Endpoint),
-        name="live",
-        num_replicas=replicas,
-        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
+        name=DEPLOYMENT,
+        num_replicas=args.replicas,
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         # Streams are counted and refused by the replica itself, in words; Serve must not queue them before.
         max_ongoing_requests=4 * settings.sessions + 100,
-        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
         user_config=ModelList(models=list(settings.models)).model_dump(),
     )
-    return deployment.bind(settings.model_dump(mode="json", exclude={"models"}), engine.model_dump())
+    made: Application = deployment.bind(settings.model_dump(mode="json", exclude={"models"}), args.engine.model_dump())
+    return made

@@ -38,15 +38,14 @@ def service(models: list[str], *, largest_batch: int = 8, replicas: int = 1) -> 
     import ray
     from ray import serve
 
-    from actors.endpoint import EngineConfig, make_application
-    from infra.live_settings import LiveSettings
+    from actors.endpoint import ApplicationArguments, EngineConfig, application
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     engine = EngineConfig(largest_batch=largest_batch)
-    settings = LiveSettings(models=tuple(models), window=16)
-    application = make_application(settings=settings, engine=engine, replicas=replicas, num_cpus=0.5, drain_s=5.0)
-    serve.run(application, name="bench", route_prefix="/")
+    live = {"models": models, "window": 16}
+    arguments = ApplicationArguments(live=live, engine=engine, replicas=replicas, num_cpus=0.5, drain_s=5.0)
+    serve.run(application(arguments), name="bench", route_prefix="/")
     try:
         yield f"ws://127.0.0.1:{PORT}"
     finally:

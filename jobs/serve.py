@@ -85,22 +85,22 @@ def _serve(live: LiveSettings, common: Any, *, replicas: int, gpus: float | None
     with connected(max(4, 2 * replicas + 2)) as cluster:
         from ray import serve as ray_serve
 
-        from actors.endpoint import APPLICATION, EngineConfig, make_application
+        from actors.endpoint import APPLICATION, ApplicationArguments, EngineConfig, application
 
         grpc_options = None
         if live.grpc_port is not None:
             grpc_options = {"port": live.grpc_port, "grpc_servicer_functions": [SERVICER_FUNCTION]}
         ray_serve.start(http_options={"host": live.host, "port": live.port}, grpc_options=grpc_options)
         print(f"Loading {', '.join(live.models)} ...", flush=True)
-        application = make_application(
-            settings=live,
+        arguments = ApplicationArguments(
+            live=live.model_dump(exclude_defaults=True),
             engine=EngineConfig(
                 device=common.device, dtype=common.dtype, flow=common.flow, threads=common.threads or 0
             ),
             replicas=replicas,
             num_gpus=(1.0 if cluster.gpus else 0.0) if gpus is None else gpus,
         )
-        ray_serve.run(application, name=APPLICATION, route_prefix="/")
+        ray_serve.run(application(arguments), name=APPLICATION, route_prefix="/")
         where = f"http://{live.host}:{live.port}"
         print(f"Serving at {where} (streams: {where.replace('http', 'ws', 1)}/v1/streams). Ctrl-C ends it.", flush=True)
         try:

@@ -114,20 +114,29 @@ def _obey(order: dict[str, Any]) -> Any:
     import ray
     from ray import serve
 
-    from actors.endpoint import EngineConfig, make_application
-    from infra.live_settings import LiveSettings
-
     if order["what"] == "ready":
         return True
     if order["what"] == "deploy":
+        from ray.serve.context import _get_global_client  # what `serve deploy` reaches through the dashboard
+        from ray.serve.schema import ServeDeploySchema
+
         options = order["options"]
         drain_s = options.pop("drain_s", 30.0)
-        engine = EngineConfig(threads=options.pop("threads", 1), largest_batch=options.pop("largest_batch", 8))
-        settings = LiveSettings(models=order["models"], **options)
-        application = make_application(
-            settings=settings, engine=engine, replicas=order["replicas"], num_cpus=0.5, drain_s=drain_s
-        )
-        serve.run(application, name="live", route_prefix="/")
+        engine = {"threads": options.pop("threads", 1), "largest_batch": options.pop("largest_batch", 8)}
+        arguments = {"live": options, "engine": engine, "num_cpus": 0.5, "drain_s": drain_s}
+        deployment = {
+            "name": "live",
+            "num_replicas": order["replicas"],
+            "user_config": {"models": order["models"]},
+        }
+        app = {
+            "name": "live",
+            "route_prefix": "/",
+            "import_path": "actors.endpoint:application",
+            "args": arguments,
+            "deployments": [deployment],
+        }
+        _get_global_client().deploy_apps(ServeDeploySchema(applications=[app]), _blocking=True)
         return True
     if order["what"] == "delete":
         serve.delete("live", _blocking=False)
