@@ -265,7 +265,6 @@ class H264Encoder(FrameEncoder):
             "preset": _PRESET,
             "tune": "zerolatency",
             "crf": f"{self._crf:.2f}",
-            "forced-idr": "1",
         }
         self._context = context
 

@@ -151,7 +151,7 @@ def test_colours_are_written_down(size: tuple[int, int], matrix: int) -> None:
 @pytest.mark.parametrize(
     ("matrix", "colour_range", "pix_fmt"),
     [(1, 1, "yuv420p"), (6, 1, "yuv420p"), (5, 1, "yuv420p"), (1, 2, "yuv420p"), (6, 2, "yuvj420p"), (9, 1, "yuv420p"),
-     (1, 1, "yuv444p"), (1, 1, "yuv422p"), (1, 1, "yuv420p10le")],
+     (1, 1, "yuv444p"), (1, 1, "yuv422p"), (1, 1, "yuv420p10le"), (1, 2, "yuv420p10le")],
 )  # fmt: skip
 def test_tags_are_honoured(size: tuple[int, int], matrix: int, colour_range: int, pix_fmt: str) -> None:
     bars = colour_bars(*size)
