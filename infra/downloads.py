@@ -278,9 +278,10 @@ def _announced_size(response: http.client.HTTPResponse, host: str) -> int | None
     texts = {text.strip() for text in response.headers.get_all("Content-Length") or ()}
     if not texts or response.getheader("Transfer-Encoding"):
         return None
-    if len(texts) > 1 or not re.fullmatch(r"[0-9]{1,18}", *texts):
+    text = texts.pop()
+    if texts or not re.fullmatch(r"[0-9]{1,18}", text):
         raise broken(host)
-    return int(texts.pop())
+    return int(text)
 
 
 def _too_large(host: str, size: int | None, limit_bytes: int) -> FetchFailed:

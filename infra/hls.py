@@ -98,7 +98,7 @@ class HlsSource(io.RawIOBase):
         self._loaded_at = time.monotonic()
         self._take(where, playlist)
         if not self._advance():
-            raise _refused("The playlist has no segment.", "playlist-syntax")
+            raise _refused("The playlist has no segment with anything in it.", "playlist-media")
         self.demuxer: Literal["mpegts", "mp4"] = _demuxer_of(self._rest)
 
     def readable(self) -> bool:

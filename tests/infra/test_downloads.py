@@ -107,6 +107,8 @@ def test_the_next_address_is_tried_where_nobody_answers(server: WebServer) -> No
     names = Names({"films.test": [["127.0.0.9", "127.0.0.1"]]})
     both = FetchPolicy(schemes={"http"}, networks=("127.0.0.1/32", "127.0.0.9/32"), ports={server.port})
     assert read(server.url(host="films.test"), both, resolver=names) == CONTENT
+    names = Names({"films.test": [["127.0.0.1", "127.0.0.9"]]})
+    assert read(server.url(host="films.test"), both, resolver=names) == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,12 @@ def test_an_announced_size_is_refused_before_anything_is_read(server: WebServer)
     with pytest.raises(FetchFailed, match="1000000000000 bytes; the limit is 1000 bytes") as caught:
         fetch(server.url("/large"), policy(server, limits={"bytes": 1000}))
     assert caught.value.code == "fetch-too-large"
+
+
+def test_a_body_of_unknown_length_may_be_as_large_as_the_limit_and_no_larger(server: WebServer) -> None:
+    server.pages["/open"] = raw(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(1000))
+    assert read(server.url("/open"), policy(server, limits={"bytes": 1000})) == bytes(1000)
+    assert code_of(server.url("/open"), policy(server, limits={"bytes": 999})) == "fetch-too-large"
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,9 @@ def test_a_master_playlist_leads_to_a_variant_that_fits(server: WebServer) -> No
 class Live:
     """A live playlist of which each load shows `steps` segments more, the last `window` of them, and then the end."""
 
-    def __init__(self, server: WebServer, streams: Path, *, window: int, first: int = 3, steps: int = 2) -> None:
+    def __init__(
+        self, server: WebServer, streams: Path, *, window: int, first: int = 3, steps: int = 2, target_s: int = 1
+    ) -> None:
         self.segments = segments_of(streams)
         self.loads = 0
         self.ends = True
@@ -125,7 +127,7 @@ class Live:
             end = min(first + steps * self.loads, len(self.segments))
             self.loads += 1
             start = max(end - window, 0)
-            lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:1", f"#EXT-X-MEDIA-SEQUENCE:{start}"]
+            lines = ["#EXTM3U", f"#EXT-X-TARGETDURATION:{target_s}", f"#EXT-X-MEDIA-SEQUENCE:{start}"]
             lines += [f"#EXTINF:0.4,\n{number}.ts" for number in range(start, end)]
             if end == len(self.segments) and self.ends:
                 lines.append("#EXT-X-ENDLIST")
@@ -185,7 +187,7 @@ def test_a_stream_of_gaps_alone_ends_too(server: WebServer) -> None:
 
 
 def test_stop_ends_a_read_that_waits(server: WebServer, streams: Path) -> None:
-    live = Live(server, streams, window=9, first=6)
+    live = Live(server, streams, window=9, first=6, target_s=9)
     live.ends = False
     with HlsSource(server.url("/live/list.m3u8"), policy(server, stall_seconds=60)) as source:
         wanted, at_the_edge = sum(len(one) for one in live.segments[3:]), threading.Event()
@@ -201,7 +203,7 @@ def test_stop_ends_a_read_that_waits(server: WebServer, streams: Path) -> None:
         reader.start()
         assert at_the_edge.wait(5)
         source.stop()
-        reader.join(5)
+        reader.join(3)
         assert not reader.is_alive()
 
 
@@ -333,6 +335,24 @@ def test_segments_that_are_too_large_alone_or_together(server: WebServer, stream
 def test_keys_that_do_not_fit(server: WebServer, key: bytes) -> None:
     server.pages["/key"] = key
     assert code_of(server, "/encrypted/list.m3u8") in ("playlist-key", "fetch-too-large", "playlist-media")
+
+
+def test_what_is_decrypted_is_what_was_encrypted(server: WebServer, streams: Path) -> None:
+    """By an initialisation vector that is given, as libav writes it, and by the numbers of the segments."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    segments = segments_of(streams)
+    with HlsSource(server.url("/encrypted/list.m3u8"), policy(server)) as source:
+        assert source.readall() == b"".join(segments)
+    for number in (7, 8):
+        content = segments[number - 7]
+        padding = 16 - len(content) % 16
+        encryptor = Cipher(algorithms.AES(KEY), modes.CBC(number.to_bytes(16, "big"))).encryptor()
+        server.pages[f"/{number}.ts"] = encryptor.update(content + bytes([padding]) * padding) + encryptor.finalize()
+    lines = ('#EXT-X-MEDIA-SEQUENCE:7\n#EXT-X-KEY:METHOD=AES-128,URI="key"', "#EXTINF:4,\n7.ts", "#EXTINF:4,\n8.ts")
+    server.pages["/numbered.m3u8"] = playlist(*lines)
+    with HlsSource(server.url("/numbered.m3u8"), policy(server)) as source:
+        assert source.readall() == b"".join(segments[:2])
 
 
 def test_a_key_is_fetched_once(server: WebServer) -> None:

@@ -26,6 +26,7 @@ SECRET = "hunter2"
         f"https://films.example/a.mp4;jsessionid={SECRET}",
         f"https://films.example/hdnts=exp=1~hmac={SECRET}/a.m3u8",
         f"https://user:{SECRET}/with/slashes@films.example/a.mp4",
+        f"https://user:12/{SECRET}@films.example/a.mp4",
         f"https://user:{SECRET}?and@films.example/a.mp4",
         f"https://user:{SECRET}#and@films.example/a.mp4",
         f"rtmp://live.example/app/{SECRET}",
