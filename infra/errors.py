@@ -50,3 +50,29 @@ class ClusterError(InfraError):
 
 class StorageError(InfraError):
     """A place cannot be read or written, is of an unsupported kind, or already holds something else."""
+
+
+class NetworkError(InfraError):
+    """Something that a URL names may not be fetched, or could not be. Hosts are named, never credentials or queries."""
+
+
+class UrlRefused(NetworkError):
+    """The service does not go there: scheme, host, port or address are not allowed, or it is no URL at all."""
+
+
+class FetchFailed(NetworkError):
+    """The server does not answer, not with that, or with more than may be read.
+
+    Attributes:
+        status: of HTTP where the server answered with an error, else 0.
+        is_transient: another attempt may succeed.
+    """
+
+    def __init__(self, message: str, *, code: str, remedy: str, status: int = 0, is_transient: bool = False) -> None:
+        super().__init__(message, code=code, remedy=remedy)
+        self.status = status
+        self.is_transient = is_transient
+
+
+class PlaylistError(NetworkError):
+    """An HLS playlist that cannot be read, or asks for what is not supported."""

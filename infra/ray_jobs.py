@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from infra.errors import ClusterError
 from infra.own_code import code_environment
+from infra.urls import redact_url
 
 STOP_GRACE_S = 60  # between asking a job to stop and killing it; Ray's own choice is 3
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -55,7 +56,7 @@ class JobServer:
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
         if urlsplit(self.address).scheme not in ("http", "https"):
             raise ClusterError(
-                f"{_shown(self.address)} is no address of a job server.",
+                f"{redact_url(self.address)} is no address of a job server.",
                 code="ray-address",
                 remedy="Give the dashboard's address, http://host:8265, by --address or RAY_API_SERVER_ADDRESS.",
             )
@@ -132,7 +133,7 @@ def _translated(address: str, job_id: str = "") -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ClusterError):
             raise
-        raise _explained(error, _shown(address), job_id) from error
+        raise _explained(error, redact_url(address), job_id) from error
 
 
 def _explained(error: Exception, address: str, job_id: str) -> ClusterError:
@@ -165,12 +166,6 @@ def _explained(error: Exception, address: str, job_id: str) -> ClusterError:
     return ClusterError(
         f"The job server at {address} refused: {first}.", code="ray-refused", remedy="Look at the cluster's dashboard."
     )
-
-
-def _shown(address: str) -> str:
-    """The address without a password."""
-    parts = urlsplit(address)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else address
 
 
 def python_command(arguments: Sequence[str]) -> list[str]:
