@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
@@ -29,10 +28,12 @@ class StateHolder:
     """See the module; `holder` returns the one of an application.
 
     Args:
+        application: name of the Serve application whose streams it keeps.
         kept_s, most_bytes: see `StateBook`.
     """
 
-    def __init__(self, kept_s: float, most_bytes: int) -> None:
+    def __init__(self, application: str, kept_s: float, most_bytes: int) -> None:
+        self._application = application
         self._book = StateBook(kept_s=kept_s, most_bytes=most_bytes)
         self._watched: dict[str, asyncio.Event] = {}
         self._poll: asyncio.Task[None] | None = None
@@ -72,59 +73,41 @@ class StateHolder:
                 await event.wait()
         except TimeoutError:
             return False
+        finally:
+            self._watched.pop(replica, None)
         return True
 
     async def _watch_serve(self) -> None:
-        seen: set[str] = set()
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                replicas = await serve_replicas()
+                replicas = await replicas_of(self._application)
             except Exception as error:  # the controller restarts, or Serve is shut down
                 logger.debug("Serve's controller does not answer: %s", error)
                 continue
-            running = {replica.deployment for replica in replicas.values() if replica.state == "RUNNING"}
-            for name, replica in replicas.items():
-                if replica.state == "STOPPING" and (replica.deployment in running or replica.is_last):
-                    self._tell(name)
-            for gone in seen - set(replicas):
-                self._tell(gone)
-                self._watched.pop(gone, None)
-            seen = set(replicas)
-
-    def _tell(self, replica: str) -> None:
-        if replica in self._watched:
-            self._watched[replica].set()
+            if replicas is None:
+                leaving = set(self._watched)
+            elif "RUNNING" in replicas.values():
+                leaving = {name for name, state in replicas.items() if state == "STOPPING"}
+            else:
+                leaving = (
+                    set()
+                )  # nobody could take the streams yet; an application that is built anew lists no replicas
+            for name in leaving & set(self._watched):
+                self._watched[name].set()
 
 
-@dataclass(frozen=True, slots=True)
-class ServeReplica:
-    """What Serve knows of a replica.
+async def replicas_of(application: str) -> dict[str, str] | None:
+    """Return the states (STARTING, RUNNING, STOPPING, ...) of an application's replicas by id; None: it is deleted.
 
-    Attributes:
-        state: STARTING, RUNNING, STOPPING and others.
-        is_last: no successor is to be expected: its application is deleted, or wants no replicas.
-    """
-
-    deployment: str
-    state: str
-    is_last: bool
-
-
-async def serve_replicas() -> dict[str, ServeReplica]:
-    """Return all replicas by their ids.
-
-    Serve's public status only counts them. What its controller returns here is what the dashboard's REST API shows.
+    Serve's public status only counts replicas. What its controller returns here is what the dashboard's REST API shows.
     """
     controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     details = await controller.get_serve_instance_details.remote()
-    found: dict[str, ServeReplica] = {}
-    for app_name, app in details["applications"].items():
-        for name, deployment in app["deployments"].items():
-            is_last = app["status"] == "DELETING" or deployment["target_num_replicas"] == 0
-            for replica in deployment["replicas"]:
-                found[replica["replica_id"]] = ServeReplica(f"{app_name}#{name}", replica["state"], is_last)
-    return found
+    app = details["applications"].get(application)
+    if app is None or app["status"] == "DELETING":
+        return None
+    return {one["replica_id"]: one["state"] for each in app["deployments"].values() for one in each["replicas"]}
 
 
 def holder(application: str, *, kept_s: float, most_bytes: int) -> ActorHandle[StateHolder]:
@@ -138,7 +121,7 @@ def holder(application: str, *, kept_s: float, most_bytes: int) -> ActorHandle[S
         max_restarts=-1,
         max_concurrency=10_000,  # every replica has a call waiting
     )
-    made: ActorHandle[StateHolder] = actor.remote(kept_s, most_bytes)
+    made: ActorHandle[StateHolder] = actor.remote(application, kept_s, most_bytes)
     return made
 
 
