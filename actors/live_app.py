@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, WebSocket
@@ -17,12 +16,12 @@ from pydantic import BaseModel
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from actors.live_server import LiveServer
+from actors.page_routes import add_page
 from infra.protocol import SUBPROTOCOL, WEBSOCKET_MESSAGE_LIMIT
 from infra.refusals import AdmissionRefused, BadMessage, Refusal
 
 logger = logging.getLogger(__name__)
 
-PAGE = Path(__file__).parent / "page"
 _LONGEST_REASON = 120  # bytes: RFC 6455, section 5.5, leaves 123 for a close frame's reason
 
 
@@ -160,6 +159,7 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
         await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
         await get_server().serve(WebSocketChannel(socket))
 
+    add_page(app)
     return app
 
 
