@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, WebSocket
@@ -22,6 +23,7 @@ from infra.refusals import AdmissionRefused, BadMessage, Refusal
 
 logger = logging.getLogger(__name__)
 
+PAGE = Path(__file__).parent / "page"
 _LONGEST_REASON = 120  # bytes: RFC 6455, section 5.5, leaves 123 for a close frame's reason
 
 
@@ -128,6 +130,8 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
             )
         )
 
+    add_page(app, PAGE)
+
     @app.get("/healthz", summary="Whether the process is alive")
     async def healthz() -> Health:
         return Health(status="ok")
@@ -159,7 +163,6 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
         await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
         await get_server().serve(WebSocketChannel(socket))
 
-    add_page(app)
     return app
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from starlette.responses import Response
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastapi import FastAPI
     from starlette.requests import Request
 
-PAGE: Final = Path(__file__).parent / "page"
 _MEDIA_TYPES: Final = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -71,9 +71,9 @@ class _File:
         return Response(self.body, media_type=self.media_type, headers=headers)
 
 
-def add_page(app: FastAPI) -> None:
-    """Serve the page at ``/`` and its files below ``/page/``; nothing else of the folder can be asked for."""
-    for path in sorted(PAGE.iterdir()):
+def add_page(app: FastAPI, folder: Path) -> None:
+    """Serve the folder's ``index.html`` at ``/`` and its other files below ``/page/``, as they are now."""
+    for path in sorted(folder.iterdir()):
         if path.suffix in _MEDIA_TYPES:
             place = "/" if path.name == "index.html" else f"/page/{path.name}"
             app.add_route(place, _File.read(path).respond, methods=["GET"], include_in_schema=False)

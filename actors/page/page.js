@@ -32,6 +32,7 @@ const figures = new Figures(document, new LatencyGraph(/** @type {HTMLCanvasElem
 let running = null;
 let isWanted = false; // from Start to Stop
 let resumesWhenSeen = false;
+let wantsKey = false;
 
 // Words
 
@@ -52,7 +53,7 @@ function explain(error) {
   if (error instanceof Refusal) {
     if (error instanceof Unauthorized) {
       notify("The service does not accept these credentials.", "Type an API key or a token that it knows, then press Start.");
-      field("key").focus();
+      wantsKey = true;
       return;
     }
     if (error.code === "session-idle" && document.hidden && field("source").value === "camera") resumesWhenSeen = true;
@@ -231,6 +232,8 @@ async function start() {
     figures.show();
     find("held").hidden = true;
     fitButtons(false);
+    if (wantsKey) field("key").focus(); // only now: a locked field takes no focus
+    wantsKey = false;
     if (comparison.id < 0) comparison.clear("idle");
     find("empty-words").textContent = "Choose a source and press Start.";
     pill(failed ? "failed" : "closed", failed ? "Stopped" : "Not connected");

@@ -41,7 +41,7 @@ def dump(data: bytes) -> str:
 def rows(table: str) -> list[list[str]]:
     """Return the cells of the table whose head begins so."""
     (found,) = re.findall(rf"^{re.escape(table)}.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.M)
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in found.splitlines()]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found.splitlines()]
 
 
 def names(cell: str) -> list[str]:
