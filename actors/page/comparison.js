@@ -10,6 +10,7 @@ export class Comparison {
   /** @param {Document} page */
   constructor(page) {
     const find = (/** @type {string} */ id) => /** @type {HTMLElement} */ (page.getElementById(id));
+    this.frame = find("frame");
     this.stage = find("stage");
     this.divider = find("divider");
     this.original = /** @type {HTMLCanvasElement} */ (find("original"));
@@ -37,7 +38,7 @@ export class Comparison {
     const ratio = (this.restored.width / this.restored.height).toFixed(4);
     if (this.stage.dataset.ratio !== ratio) {
       this.stage.dataset.ratio = ratio;
-      this.stage.style.setProperty("--ratio", ratio);
+      this.frame.style.setProperty("--ratio", ratio);
     }
     this.stage.dataset.phase = "shown";
     tell(this.sizes.original, `${this.original.width}×${this.original.height}`);

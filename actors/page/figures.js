@@ -12,7 +12,7 @@ const LEVEL_NOTES = /** @type {Record<number, string>} */ ({
   0: "not restored, to be in time",
 });
 const REASONS = /** @type {Record<string, string>} */ ({
-  newer: "a newer one was there",
+  newer: "overtaken",
   late: "too late",
   rate: "over the rate",
   undecodable: "damaged",
@@ -106,10 +106,10 @@ export class Figures {
     this.#tell("latency-note", median === undefined ? "from sending to answer" : `95 % within ${duration(quantile(times, 0.95))}`);
     this.#tell("rate", this.restored ? `${rate.toFixed(rate < 9.95 ? 1 : 0)} fps` : "–");
     const sent = (1000 * this.sent.length) / Math.max(1000, Math.min(WINDOW_MS, now - (this.sent[0] ?? now)));
-    this.#tell("rate-note", this.restored ? `${sent.toFixed(sent < 9.95 ? 1 : 0)} sent a second, ${this.restored} in all` : "frames a second");
+    this.#tell("rate-note", this.restored ? `of ${sent.toFixed(sent < 9.95 ? 1 : 0)} sent · ${this.restored} in all` : "frames a second");
     let lost = 0;
     const reasons = [...this.dropped].map(([reason, count]) => ((lost += count), `${count} ${REASONS[reason] ?? reason}`));
-    if (this.skipped) reasons.push(`${this.skipped} not sent: no room`);
+    if (this.skipped) reasons.push(`${this.skipped} not sent`);
     this.#tell("dropped", this.restored + lost + this.skipped ? String(lost + this.skipped) : "–");
     this.#tell("dropped-note", reasons.join(", ") || "none");
     this.#tell("hand-overs", this.restored ? String(this.handOvers + this.restarts) : "–");

@@ -1,9 +1,10 @@
 /**
- * The graph of the last half minute: a point for each answer, in the colour of its level, and what happened between.
+ * The graph of the last half minute, or of what there is of it: a point for each answer, in the colour of its level, and what happened between.
  * Knows no stream: it is given points.
  */
 
-const SPAN_MS = 30_000;
+const SHORTEST_MS = 10_000;
+const LONGEST_MS = 30_000;
 const MOST_POINTS = 4000;
 const LEFT = 52; // pixels for the words of the scale
 const BOTTOM = 20;
@@ -54,10 +55,12 @@ export class LatencyGraph {
     context.clearRect(0, 0, width, height);
     context.font = `12px ${style.fontFamily}`;
 
-    const first = now - SPAN_MS;
+    const oldest = this.points[0]?.at ?? now - LONGEST_MS;
+    const span = Math.min(LONGEST_MS, Math.max(SHORTEST_MS, now - oldest));
+    const first = now - span;
     const seen = this.points.filter((point) => point.at >= first);
     this.#rescale(seen);
-    const x = (/** @type {number} */ at) => LEFT + ((at - first) / SPAN_MS) * (width - LEFT - 4);
+    const x = (/** @type {number} */ at) => LEFT + ((at - first) / span) * (width - LEFT - 4);
     const floor = height - BOTTOM;
     const y = (/** @type {number} */ ms) => floor - (Math.min(ms, this.top) / this.top) * (floor - TOP);
 
@@ -75,9 +78,13 @@ export class LatencyGraph {
       context.fillText(inWords(share * this.top), LEFT - 8, line);
     }
     context.textBaseline = "alphabetic";
-    for (const ago of [30, 20, 10, 0]) {
-      context.textAlign = ago === 0 ? "right" : ago === 30 ? "left" : "center";
-      context.fillText(ago ? `${ago} s ago` : "now", ago ? x(now - 1000 * ago) : width, height - 4);
+    context.textAlign = "right";
+    context.fillText("now", width, height - 4);
+    const apart = span > 20_000 ? 10 : 5; // seconds between two words
+    for (let ago = apart; 1000 * ago <= span; ago += apart) {
+      const place = x(now - 1000 * ago);
+      context.textAlign = place < LEFT + 24 ? "left" : "center";
+      context.fillText(`${ago} s ago`, place, height - 4);
     }
 
     if (this.budgetMs && this.budgetMs <= this.top) {

@@ -19,6 +19,8 @@ const POLICY_NOTES = /** @type {Record<string, string>} */ ({
   lossless: "Every frame that is sent is restored. A file is held while the service is busy.",
 });
 
+const FOOT = "Pictures go to this service and come back; the page stores none.";
+
 const find = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
 const form = /** @type {HTMLFormElement} */ (find("controls"));
 const video = /** @type {HTMLVideoElement} */ (find("video"));
@@ -130,6 +132,8 @@ function fitFields() {
     row.hidden = !row.dataset.source?.split(" ").includes(chosen);
   }
   find("camera-row").hidden ||= field("camera").options.length < 2;
+  find("model-note").textContent = field("model").selectedOptions[0]?.dataset.note ?? "";
+  find("model-note").hidden = !find("model-note").textContent;
   const policy = field("policy").value;
   find("policy-note").textContent = POLICY_NOTES[policy];
   field("budget").placeholder = policy === "drop" || policy === "resize" ? String(DEFAULT_BUDGET_MS) : "none";
@@ -149,12 +153,13 @@ async function listModels() {
     const told = await answer.json();
     if (!answer.ok) throw refusalFrom(told);
     const options = told.models.map((/** @type {any} */ { name, default: isDefault, step_ms }) => {
-      const cost = step_ms?.["4"] ? ` · ${Math.round(step_ms["4"])} ms` : "";
-      const option = new Option(`${name}${cost}`, name, isDefault, isDefault);
-      option.title = "Milliseconds for a frame of 320×180 at 4 steps, as far as they are known";
+      const option = new Option(name, name, isDefault, isDefault);
+      const cost = step_ms?.["4"];
+      option.dataset.note = cost ? `About ${cost < 1000 ? `${Math.round(cost)} ms` : `${(cost / 1000).toFixed(1)} s`} for 320×180 at 4 steps.` : "";
       return option;
     });
     field("model").replaceChildren(...options);
+    fitFields();
   } catch {
     field("model").replaceChildren(new Option("Service's default", ""));
   }
@@ -192,6 +197,7 @@ function openSource() {
 function fitButtons(isRunning) {
   startButton.textContent = isRunning ? "Stop" : "Start";
   startButton.classList.toggle("stop", isRunning);
+  find("foot").textContent = isRunning ? "Press Stop to change the settings." : FOOT;
   for (const set of /** @type {NodeListOf<HTMLFieldSetElement>} */ (form.querySelectorAll("fieldset"))) set.disabled = isRunning;
 }
 
