@@ -82,6 +82,18 @@ class UnfaithfulResult(ActorsError):
     failure_class = FailureClass.ENCODE
 
 
+class Undecodable(ActorsError):
+    """A frame of a live stream is no picture of its codec, is damaged, or needs pictures that never came.
+
+    It costs the stream this one frame: the endpoint answers it with the reason `UNDECODABLE`.
+    """
+
+    failure_class = FailureClass.DECODE
+
+    def __init__(self, message: str, *, code: str = "frame-undecodable", remedy: str) -> None:
+        super().__init__(message, code=code, remedy=remedy)
+
+
 class Failure(TypedDict):
     """One failed attempt as it travels and as the ledger keeps it."""
 
