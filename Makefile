@@ -4,6 +4,7 @@
 # make lint       style, types and the layer rules
 # make picture    make the demonstration and cut the readme's picture out of it
 # make docs       write docs/reference/cli.md from the commands
+# make page-pictures  photograph the live page for docs/pictures, in Chromium, with the built-in model
 #
 # Every target makes its own virtual environment first and only once. To use another place, Python or build of torch:
 #   make test VENV=/path/to/venv PYTHON=python3.12 PIP_ARGS="--extra-index-url <index with CPU builds>"
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 STAMPS := $(VENV)/.upriver
 
-.PHONY: help venv demo picture test test-all lint format docs clean
+.PHONY: help venv demo picture page-pictures test test-all lint format docs clean
 
 help:  ## say what there is
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -70,6 +71,9 @@ demo: $(STAMPS)/app
 
 picture: demo
 	$(BIN)/python docs/readme_strip.py $(OUT)/demo/restored.compare.png docs/models/readme_strip.png
+
+page-pictures: $(STAMPS)/dev
+	PICTURES=docs/pictures $(BIN)/python -m pytest -q tests/actors/test_page.py::test_pictures_for_the_documentation
 
 test: $(STAMPS)/dev
 	$(BIN)/python -m pytest -m "not slow" --durations=15 $(PYTEST_ARGS)

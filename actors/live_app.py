@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from actors.live_server import LiveServer
+from actors.page_routes import add_page
 from infra.protocol import SUBPROTOCOL, WEBSOCKET_MESSAGE_LIMIT
 from infra.refusals import AdmissionRefused, BadMessage, Refusal
 
@@ -143,6 +144,8 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
         return problem(
             BadMessage(f"{place} is not possible: {first['msg']}.", code="bad-request", remedy="See GET /openapi.json.")
         )
+
+    add_page(app, PAGE)
 
     @app.get("/healthz", summary="Whether the process is alive")
     async def healthz() -> Health:

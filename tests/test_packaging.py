@@ -39,6 +39,7 @@ def test_the_wheel_holds_the_packages_the_model_and_the_licences(wheel: Path) ->
     assert {top for top in tops if not top.startswith("upriver-")} == {"pipeline", "actors", "jobs", "infra"}
     assert any(name.startswith("pipeline/models/tiny/") and name.endswith(".safetensors") for name in names)
     assert {"jobs/report.html.jinja", "jobs/report.css", "jobs/report.js"} < set(names)
+    assert {"actors/page/index.html", "actors/page/style.css", "actors/page/client.js"} < set(names)
     assert {name.split("/")[-1] for name in names if "/licenses/" in name} >= {"LICENSE", "NOTICE"}
     assert all(f"{package}/py.typed" in names for package in ("pipeline", "actors", "jobs", "infra"))
     assert wheel.stat().st_size < MAX_WHEEL_BYTES
