@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_BAND_ROWS = 1024
+_BAND_ROWS = 64
 
 
 def frame_to_tensor(frame_HWC: NDArray[np.integer]) -> Tensor:
@@ -43,14 +43,14 @@ def tensor_to_frame(output_3HW: Tensor, dtype: np.dtype[np.integer]) -> NDArray[
 
     Values outside are clamped; halves are rounded to even, as NumPy does.
     """
-    bands = output_3HW.split(_BAND_ROWS, dim=1)  # band by band: the steps between would need several whole pictures
+    bands = output_3HW.split(_BAND_ROWS, dim=1)  # band by band: the steps between stay in the processor's cache
     picture_HWC = np.empty((*output_3HW.shape[1:], 3), dtype)
     for number, band_3HW in enumerate(bands):
-        unit_3HW = (band_3HW.to(torch.float32) / 2 + 0.5).clamp(0, 1)
-        levels_HWC = (unit_3HW * float(np.iinfo(dtype).max)).round().permute(1, 2, 0)
-        narrow = levels_HWC.to(torch.uint8 if dtype == np.uint8 else torch.int32)
+        unit_3HW = band_3HW.to(torch.float32, copy=True).div_(2).add_(0.5).clamp_(0, 1)
+        levels_3HW = unit_3HW.mul_(float(np.iinfo(dtype).max)).round_()
+        narrow_3HW = levels_3HW.to(torch.uint8 if dtype == np.uint8 else torch.int32)
         top = number * _BAND_ROWS
-        picture_HWC[top : top + narrow.shape[0]] = narrow.cpu().numpy()
+        picture_HWC[top : top + band_3HW.shape[1]] = narrow_3HW.cpu().numpy().transpose(1, 2, 0)
     return picture_HWC
 
 
