@@ -45,7 +45,7 @@ def make_router(tenant_dependency: Callable[..., Any], open_step: OpenStep, sett
         open_step: lends a place in the model to an upload that was looked at and accepted.
     """
     router = APIRouter(route_class=RefusingRoute, tags=["restore"])
-    places = _Places(settings.max_uploads)
+    places = UploadPlaces(settings.max_uploads)
 
     @router.post(
         "/v1/restore",
@@ -76,7 +76,7 @@ def make_router(tenant_dependency: Callable[..., Any], open_step: OpenStep, sett
     return router
 
 
-class _Places:
+class UploadPlaces:
     """How many uploads there may be at a time."""
 
     def __init__(self, limit: int) -> None:
@@ -84,6 +84,11 @@ class _Places:
         self._tidying: set[asyncio.Task[None]] = set()
 
     def take(self) -> None:
+        """Take a place.
+
+        Raises:
+            AdmissionRefused: there is none.
+        """
         if self._taken >= self._limit:
             raise AdmissionRefused(
                 f"{self._limit} uploads are being restored already.",
@@ -94,9 +99,7 @@ class _Places:
             )
         self._taken += 1
 
-    async def give_back(
-        self, calls: Sequence[ThreadCall[None]], lease: StepLease | None, upload: RestoreUpload
-    ) -> None:
+    async def give_back(self, calls: Sequence[ThreadCall[Any]], lease: StepLease | None, upload: RestoreUpload) -> None:
         """Wait for the threads of an upload and release what they used; goes on if who waits is cancelled."""
 
         async def tidy() -> None:
@@ -124,7 +127,7 @@ async def _restored(
     options: UploadOptions,
     open_step: OpenStep,
     settings: UploadSettings,
-    places: _Places,
+    places: UploadPlaces,
 ) -> AsyncIterator[Answer]:
     places.take()
     upload = RestoreUpload(body, options, settings)

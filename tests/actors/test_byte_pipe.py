@@ -54,10 +54,12 @@ def test_bytes_come_out_as_they_went_in(chunks: list[bytes], capacity: int, spil
         pipe = BytePipe(capacity, spill_bytes=spill)
 
         def write() -> None:
-            for chunk in chunks:
-                assert pipe.write(chunk) == len(chunk)
-                assert pipe.held_bytes <= capacity and pipe.spilled_bytes <= spill
-            pipe.end()
+            try:
+                for chunk in chunks:
+                    assert pipe.write(chunk) == len(chunk)
+                    assert pipe.held_bytes <= capacity and pipe.spilled_bytes <= spill
+            finally:
+                pipe.end()
 
         writing = ThreadCall(write, "writing")
         got = b"".join([chunk async for chunk in pipe.chunks()])

@@ -22,9 +22,11 @@ import torch
 from fastapi import FastAPI
 from torch import Tensor
 
+from actors.byte_pipe import BytePipe
 from actors.pictures import resize
-from actors.restore_api import make_router
-from actors.upload import UploadOptions, UploadSettings
+from actors.restore_api import UploadPlaces, make_router
+from actors.thread_call import ThreadCall
+from actors.upload import RestoreUpload, UploadOptions, UploadSettings
 from infra.refusals import AdmissionRefused
 from pipeline.engine import open_engine
 from pipeline.frames import frame_to_tensor, tensor_to_frame
@@ -217,6 +219,7 @@ def test_fragments_come_back_before_the_upload_has_ended(port: int, folder: Path
         request.end()
         whole = early + request.rest()
     assert told(whole)["frames"] == 240
+    assert sum(kind == b"moof" for kind, _ in boxes(whole)) >= 8  # one a second: the first need not wait for a key
     got = tmp_path / "got.mp4"
     got.write_bytes(whole)
     assert len(pictures(got)) == 240
@@ -391,6 +394,30 @@ def test_a_client_that_goes_away_leaves_nothing_behind(service: Service, port: i
     # Its place is free again.
     for _ in range(service.settings.max_uploads + 1):
         assert told(restored(port, make_upload(folder, "mkv").read_bytes(), "scale=2")[0])["frames"] == 60
+
+
+def test_an_upload_is_tidied_up_though_nobody_waits_for_it() -> None:
+    """A server may cancel a request while what it used is being released."""
+
+    async def check() -> None:
+        settings = UploadSettings(max_uploads=1)
+        places, step = UploadPlaces(settings.max_uploads), threading.Event()
+        lease, upload = Lease(engine=None), RestoreUpload(BytePipe(1), UploadOptions(), settings)
+        places.take()
+        releasing = asyncio.create_task(places.give_back([ThreadCall(step.wait, "upload-run")], lease, upload))
+        await asyncio.sleep(0)
+        releasing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await releasing
+        with pytest.raises(AdmissionRefused):
+            places.take()
+        assert not lease.closed.is_set()
+        step.set()
+        assert await asyncio.to_thread(lease.closed.wait, TIMEOUT_S)
+        await asyncio.sleep(0)
+        places.take()
+
+    asyncio.run(check())
 
 
 def test_a_client_that_does_not_read_is_let_go(folder: Path) -> None:
