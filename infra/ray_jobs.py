@@ -14,7 +14,8 @@ import shlex
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from infra.errors import ClusterError
@@ -34,12 +35,18 @@ _TALKATIVE = (
 
 @dataclass(frozen=True, slots=True)
 class JobInfo:
-    """What the cluster says of a job: `state` is Ray's word, `exit_code` the command's once it has ended."""
+    """What the cluster says of a job: `state` is Ray's word, `exit_code` the command's once it has ended.
+
+    `metadata` is what it was submitted with; the times are in seconds since 1970.
+    """
 
     job_id: str
     state: str
     exit_code: int | None
     command: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    started_s: float | None = None
+    ended_s: float | None = None
 
 
 class JobServer:
@@ -97,7 +104,14 @@ class JobServer:
         """Return what the cluster knows of a job."""
         with _translated(self.address, job_id):
             found = self._client.get_job_info(job_id)
-        return JobInfo(job_id, str(found.status.value), found.driver_exit_code, found.entrypoint or "")
+        return _job_info(job_id, found)
+
+    def jobs(self) -> list[JobInfo]:
+        """Return all jobs that were submitted and that the cluster remembers, the latest first."""
+        with _translated(self.address):
+            found = self._client.list_jobs()
+        told = [_job_info(one.submission_id, one) for one in found if one.submission_id]
+        return sorted(told, key=lambda job: job.started_s or 0.0, reverse=True)
 
     def follow(self, job_id: str, write: Callable[[str], object]) -> JobInfo:
         """Hand on what the job prints until it ends, and return how it ended."""
@@ -119,6 +133,18 @@ class JobServer:
         """Ask a job to stop, as a signal would; it saves its state and may be submitted again. False: it had ended."""
         with _translated(self.address, job_id):
             return bool(self._client.stop_job(job_id))
+
+
+def _job_info(job_id: str, found: Any) -> JobInfo:
+    return JobInfo(
+        job_id=job_id,
+        state=str(found.status.value),
+        exit_code=found.driver_exit_code,
+        command=found.entrypoint or "",
+        metadata=dict(found.metadata or {}),
+        started_s=found.start_time / 1000 if found.start_time else None,
+        ended_s=found.end_time / 1000 if found.end_time else None,
+    )
 
 
 def runs_in_a_job() -> bool:

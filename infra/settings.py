@@ -139,6 +139,14 @@ class LoadedSettings:
     origins: Mapping[str, str]
     config_file: Path | None
 
+    def environment(self) -> dict[str, str]:
+        """Return what the environment and the file say, as variables for a process elsewhere; flags are its own."""
+        return {
+            f"{ENV_PREFIX}{name.upper()}": _as_text(getattr(self.values, name))
+            for name, origin in self.origins.items()
+            if origin not in ("flag", "default") and getattr(self.values, name) is not None
+        }
+
 
 def load_settings(flags: Mapping[str, object] | None = None, config_file: Path | None = None) -> LoadedSettings:
     """Merge flags, environment, configuration file and defaults.
@@ -168,6 +176,10 @@ def load_settings(flags: Mapping[str, object] | None = None, config_file: Path |
     except ValidationError as error:
         raise _explain(error, origins) from error
     return LoadedSettings(values, {name: origins.get(name, "default") for name in Settings.model_fields}, path)
+
+
+def _as_text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _default_config_file() -> Path | None:

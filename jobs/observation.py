@@ -17,12 +17,12 @@ from pydantic import BaseModel, ValidationError
 
 from actors.records import SegmentRecord
 from infra.errors import StorageError
+from infra.job_records import JOB, PROGRESS, TOP, JobRecord, Progress, area_places
 from infra.storage import join, storage_for
 from jobs.errors import JobsError
 from jobs.manifest import MANIFEST_SUFFIX, Manifest
-from jobs.records import JOB, LEDGER, PLAN, PROGRESS, SEGMENTS, VIDEOS, JobRecord, LedgerRecord, Progress, VideoPlan
+from jobs.records import LEDGER, PLAN, SEGMENTS, VIDEOS, LedgerRecord, VideoPlan
 
-TOP = ".upriver"
 _READERS = 16  # small objects of an object store are read at once: each costs a round trip
 _RECORD_NAME = re.compile(r"(\d{5})-(\d{6})\b.*\.json")
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -73,13 +73,6 @@ def moment(stamp: str) -> datetime:
     """Return the point in time that a record's ISO 8601 stamp names; UTC where it names no zone."""
     read = datetime.fromisoformat(stamp)
     return read if read.tzinfo else read.replace(tzinfo=UTC)
-
-
-def area_places(dst: str) -> list[str]:
-    """Return the work areas of the jobs that write `dst`, be it a file, a folder or a prefix."""
-    storage = storage_for(dst)
-    tops = [f"{dst.rstrip('/')}{TOP}", join(dst, TOP)]
-    return [place.rstrip("/") for top in tops for place in storage.folders(top)]
 
 
 def read_areas(dst: str) -> list[Area]:

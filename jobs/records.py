@@ -1,7 +1,7 @@
 """What a restore job keeps in its work area, so that anybody who can read it knows how far the job is.
 
-    <work area>/job.json                         JobRecord: written when the job starts and when it ends
-    <work area>/progress.json                    Progress: rewritten every few seconds
+    <work area>/job.json                         infra.job_records.JobRecord
+    <work area>/progress.json                    infra.job_records.Progress
     <work area>/ledger.jsonl                     LedgerRecord, one a line: every failed attempt
     <work area>/videos/<run id>/plan.json        VideoPlan
     <work area>/videos/<run id>/segments/        segments and their records (actors.records.SegmentRecord)
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from actors.records import RowOptions
 
-JOB, PROGRESS, LEDGER, PLAN = "job.json", "progress.json", "ledger.jsonl", "plan.json"
+LEDGER, PLAN = "ledger.jsonl", "plan.json"
 VIDEOS, SEGMENTS, STATES = "videos", "segments", "states"
 
 
@@ -86,50 +86,6 @@ class VideoPlan(_Record):
     options: RowOptions
     damage: list[str]
     warnings: list[str]
-
-
-class JobRecord(_Record):
-    """The job as a whole. `videos` maps names to run ids; `skipped` were finished before."""
-
-    job_id: str
-    source: str
-    destination: str
-    state: Literal["planning", "running", "finished", "failed", "interrupted", "cancelled"]
-    model: str
-    model_sha256: str
-    settings: dict[str, object]
-    videos: dict[str, str]
-    skipped: list[str]
-    started_at: str
-    ended_at: str | None
-    exit_code: int | None
-    host: str
-    pid: int
-    versions: dict[str, str]
-
-
-class Progress(_Record):
-    """How far the job is now.
-
-    Attributes:
-        done, failed: names of videos. running: frames done of each video that is being restored.
-        frames_done counts frames restored by this run; frames_total, frames_left are of the whole job.
-        history: (seconds since start, frames_done), thinned to at most 500 points.
-        unplanned: number of videos whose frames are not counted yet, because their plans are still to be made.
-    """
-
-    updated_at: str
-    elapsed_s: float
-    actors: int
-    videos_total: int
-    done: list[str]
-    failed: list[str]
-    running: dict[str, int]
-    frames_total: int
-    frames_left: int
-    frames_done: int
-    history: list[tuple[float, int]]
-    unplanned: int = 0
 
 
 class LedgerRecord(_Record):

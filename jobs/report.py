@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import StorageError
+from infra.job_records import area_places
 from infra.storage import join, storage_for, video_source
 from jobs.errors import ExitCode, UsageError
 from jobs.manifest import MANIFEST_SUFFIX, Manifest, timestamp
 from jobs.observation import (
     Area,
-    area_places,
     final_failures,
     manifest_places,
     moment,

@@ -21,6 +21,7 @@ from actors.hardware import usable_cores
 from actors.records import Delivered
 from actors.upscaler import EngineOptions
 from infra.cluster import Cluster, connected, joins_a_cluster, quiet_data
+from infra.job_records import JobRecord
 from infra.own_code import code_fingerprint
 from infra.ray_jobs import runs_in_a_job
 from infra.settings import Settings
@@ -46,7 +47,7 @@ from jobs.plan_file import PlanFile
 from jobs.planning import Planning
 from jobs.pool import JOB_CONTEXT, PoolSize, pool_size, stopping_on_signals
 from jobs.progress import Outcome, ProgressBar
-from jobs.records import JobRecord, VideoPlan
+from jobs.records import VideoPlan
 from jobs.restoring import Choices, Restoring, Video
 from jobs.room import check_room, room_needed
 from jobs.sources import Item, Selection

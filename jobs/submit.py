@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from infra.ray_jobs import ENDED, JobInfo, JobServer, python_command
-from infra.settings import ENV_PREFIX, load_settings
+from infra.settings import load_settings
 from jobs.errors import ExitCode, UsageError
 
 app = typer.Typer(
@@ -120,13 +120,8 @@ def job_of(arguments: Sequence[str], *, shared_files: bool) -> tuple[list[str], 
     ):
         if place is not None and (what != "model" or Path(model).exists()):
             _require_visible(what, str(place), shared_files)
-    environment = {
-        f"{ENV_PREFIX}{name.upper()}": _as_text(getattr(loaded.values, name))
-        for name, origin in loaded.origins.items()
-        if origin not in ("flag", "default") and getattr(loaded.values, name) is not None
-    }
     command = python_command(["restore", *_without_config(arguments)])
-    return command, environment, {"source": str(typed["src"]), "destination": str(typed["dst"])}
+    return command, loaded.environment(), {"source": str(typed["src"]), "destination": str(typed["dst"])}
 
 
 def _settings() -> set[str]:
@@ -162,10 +157,6 @@ def _without_config(arguments: Sequence[str]) -> list[str]:
             continue
         kept.append(argument)
     return kept
-
-
-def _as_text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _follow(server: JobServer, job_id: str, as_json: bool) -> int:

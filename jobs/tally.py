@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Self
 
 from infra.errors import StorageError
+from infra.job_records import Progress
 from jobs.cancel import is_cancelled
 from jobs.manifest import timestamp
-from jobs.records import Progress
 from jobs.workarea import WorkArea
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from actors.shot_store import RECORD_SUFFIX
+from infra.job_records import JOB, PROGRESS, JobRecord, Progress
 from infra.storage import join, storage_for
 from jobs.errors import JobsError
-from jobs.records import JOB, LEDGER, PLAN, PROGRESS, SEGMENTS, STATES, VIDEOS, JobRecord, Progress, VideoPlan
+from jobs.records import LEDGER, PLAN, SEGMENTS, STATES, VIDEOS, VideoPlan
 
 # A driver that has said nothing for so long is dead or cut off; it writes every few seconds.
 SILENT_S = 30.0

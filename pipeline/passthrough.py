@@ -136,7 +136,7 @@ class Passthrough:
 
     def _add(self, streams: Iterator[Any]) -> None:
         for stream in streams:
-            name = _describe(stream)
+            name = describe_stream(stream)
             if is_regenerated(stream, self._source):
                 continue
             problem = refusal(stream, self._muxer)
@@ -146,7 +146,7 @@ class Passthrough:
             if stream.type == "attachment":
                 self._attach(stream)
                 continue
-            copy = _copy_of(stream, self._output)
+            copy = copy_of(stream, self._output)
             for key, value in stream.metadata.items():
                 if key.lower() not in ("encoder", "vendor_id"):
                     copy.metadata[key] = self._tag(key, value)
@@ -155,7 +155,7 @@ class Passthrough:
             if self._muxer == "mpegts":
                 copy.id = stream.id
             self._map[stream.index] = copy
-            if self._muxer in ("mp4", "mov") and _has_adts(stream):
+            if self._muxer in ("mp4", "mov") and has_adts(stream):
                 # libav does this by itself, but not where it writes fragments.
                 self._rewrites[stream.index] = BitStreamFilterContext("aac_adtstoasc", stream)
 
@@ -164,7 +164,7 @@ class Passthrough:
 
     def _name_lost_tags(self, stream: Any) -> None:
         if self._muxer not in _STREAM_TAGS_IN and "title" in stream.metadata:
-            self.warnings.append(f"title of {_describe(stream)}: {self._muxer} has none")
+            self.warnings.append(f"title of {describe_stream(stream)}: {self._muxer} has none")
 
     def _attach(self, stream: Any) -> None:
         copy = self._output.add_attachment(stream.name or "attachment", stream.mimetype or "", stream.data)
@@ -183,7 +183,7 @@ def refusal(stream: Any, muxer: str) -> str | None:
         return "it has no mapping for this codec"
     trial = av.open(io.BytesIO(), mode="w", format=muxer)
     try:
-        _copy_of(stream, trial)
+        copy_of(stream, trial)
         trial.start_encoding()
         trial.close()  # MP4 writes what it knows of its streams at the end
     except (av.FFmpegError, ValueError) as error:
@@ -191,7 +191,7 @@ def refusal(stream: Any, muxer: str) -> str | None:
     return None
 
 
-def _copy_of(stream: Any, output: av.container.OutputContainer) -> Any:
+def copy_of(stream: Any, output: av.container.OutputContainer) -> Any:
     """A stream of `output` for the packets of `stream`."""
     copy: Any = output.add_stream_from_template(stream)
     if stream.type == "audio" and copy.codec_context is not None:
@@ -202,7 +202,7 @@ def _copy_of(stream: Any, output: av.container.OutputContainer) -> Any:
     return copy
 
 
-def _has_adts(stream: Any) -> bool:
+def has_adts(stream: Any) -> bool:
     """Whether it is AAC that says in each packet what it is, as in MPEG-TS, and not once in the header."""
     context = stream.codec_context
     return context is not None and context.codec.canonical_name == "aac" and not context.extradata
@@ -217,7 +217,8 @@ def is_regenerated(stream: Any, source: av.container.InputContainer) -> bool:
     return stream.name == "bin_data" and bool(source.chapters()) and source.format.name.startswith("mov")
 
 
-def _describe(stream: Any) -> str:
+def describe_stream(stream: Any) -> str:
+    """Such as `stream 2 (audio, aac, deu)`."""
     context = stream.codec_context
     codec = context.codec.canonical_name if context is not None else (stream.name or "unknown")
     language = stream.metadata.get("language")

@@ -6,6 +6,7 @@ one, and the file that is joined from segments have the same encoder, set up by 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -101,11 +102,15 @@ class PictureEncoder:
         self._durations: dict[int, int] = {}
         self._stream: Any = None
 
-    def add_stream(self, output: av.container.OutputContainer) -> Any:
-        """Add the video stream to `output`; the encoder is opened when the output's header is written."""
+    def add_stream(self, output: av.container.OutputContainer, extra: Mapping[str, str] | None = None) -> Any:
+        """Add the video stream to `output`; the encoder is opened when the output's header is written.
+
+        Args:
+            extra: further options of the encoder; set by callers, never by users.
+        """
         source, settings = self._source, self.settings
         rate = source.average_rate if 0 < source.average_rate <= _MAX_ENCODER_RATE else Fraction(25)
-        stream: Any = output.add_stream(settings.encoder, rate=rate, options=dict(settings.options))
+        stream: Any = output.add_stream(settings.encoder, rate=rate, options={**settings.options, **(extra or {})})
         context = stream.codec_context
         context.width, context.height = self._size
         context.pix_fmt = settings.pix_fmt

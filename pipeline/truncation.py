@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import BinaryIO
 
-from pipeline.video_container import VideoSource, is_remote
+from pipeline.video_container import ReceivedVideo, VideoSource, is_remote
 
 # Boxes and chunks that are looked at; a file in more fragments is left alone, because each may cost a request.
 _MAX_BOXES = 512
@@ -34,6 +34,8 @@ def early_end(source: VideoSource, container: str) -> str | None:
     """
     check = _CHECKS.get(container.partition(",")[0])
     if check is None:
+        return None
+    if isinstance(source, ReceivedVideo) and source.comes_once:
         return None
     with source.open() if is_remote(source) else open(source, "rb") as file:
         size = file.seek(0, os.SEEK_END)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pipeline.colour import ColourTags
 from pipeline.encoder_options import CONTAINERS, EncoderOptions, container_for
-from pipeline.video_container import Limits, RemoteVideo, VideoSource
+from pipeline.video_container import Limits, ReceivedVideo, RemoteVideo, VideoSource
 from pipeline.video_errors import (
     DestinationError,
     EncodeError,
@@ -42,6 +42,7 @@ __all__ = [
     "Limits",
     "MasteringDisplay",
     "NoVideoStream",
+    "ReceivedVideo",
     "RemoteVideo",
     "StreamInfo",
     "UnreadableVideo",

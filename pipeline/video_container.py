@@ -12,7 +12,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import av
 from typing_extensions import TypeIs  # typing has it from Python 3.13 on
@@ -30,6 +30,9 @@ _LOG_LEVEL = threading.Lock()
 
 # What is asked for at once of a handle; small files and headers are read in one go, and Python is called seldom.
 _READ_BYTES = 1 << 17
+# Of a video that comes while it is read: how much is waited for, and how much film is looked at, to know its streams.
+_STREAM_READ_BYTES = 1 << 15
+_STREAM_ANALYSIS_US = 1_000_000
 
 
 class RemoteVideo(Protocol):
@@ -41,6 +44,19 @@ class RemoteVideo(Protocol):
 
     def open(self) -> BinaryIO:
         """Return a fresh handle that can seek; whoever opened it closes it."""
+
+
+@runtime_checkable
+class ReceivedVideo(RemoteVideo, Protocol):
+    """A video that somebody sent. What it is has been settled before libav sees a byte: nothing is guessed.
+
+    Attributes:
+        demuxer: libav's name of the only format that it may be.
+        comes_once: it comes while it is read: its handles cannot seek, and there is none after the last.
+    """
+
+    demuxer: str
+    comes_once: bool
 
 
 VideoSource = str | os.PathLike[str] | RemoteVideo
@@ -115,7 +131,10 @@ class _Named:
 
     def __init__(self, handle: BinaryIO, name: str) -> None:
         self.name = name
-        self.read, self.seek, self.tell = handle.read, handle.seek, handle.tell
+        self.read = handle.read
+        self.can_seek = handle.seekable()
+        if self.can_seek:  # PyAV takes a handle with these two for one that can
+            self.seek, self.tell = handle.seek, handle.tell
 
 
 def check_declared_sizes(source: VideoSource, limits: Limits) -> None:
@@ -149,7 +168,8 @@ def open_input(source: VideoSource, limits: Limits, extra: dict[str, str] | None
     if is_remote(source):
         handle = source.open()
         try:
-            return OpenVideo(_open(_Named(handle, source.name), source.name, limits, extra), handle)
+            demuxer = source.demuxer if isinstance(source, ReceivedVideo) else None
+            return OpenVideo(_open(_Named(handle, source.name), source.name, limits, extra, demuxer), handle)
         except BaseException:
             handle.close()
             raise
@@ -166,20 +186,25 @@ def open_input(source: VideoSource, limits: Limits, extra: dict[str, str] | None
     return OpenVideo(_open(f"file:{file.absolute()}", str(file), limits, extra), None)
 
 
-def _open(place: Any, name: str, limits: Limits, extra: dict[str, str] | None) -> av.container.InputContainer:
+def _open(
+    place: Any, name: str, limits: Limits, extra: dict[str, str] | None, demuxer: str | None = None
+) -> av.container.InputContainer:
+    comes_once = isinstance(place, _Named) and not place.can_seek
     try:
         return av.open(
             place,
             mode="r",
+            format=demuxer,
             options=decoder_bounds(limits),
             container_options={
                 "protocol_whitelist": _PROTOCOLS,
                 "format_whitelist": DEMUXERS,
                 "max_streams": str(_MAX_STREAMS),
+                **({"analyzeduration": str(_STREAM_ANALYSIS_US)} if comes_once else {}),
                 **(extra or {}),
             },
             metadata_errors="replace",
-            buffer_size=_READ_BYTES,
+            buffer_size=_STREAM_READ_BYTES if comes_once else _READ_BYTES,
         )
     except (av.FFmpegError, ValueError, EOFError) as error:
         raise UnreadableVideo(

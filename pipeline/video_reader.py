@@ -7,7 +7,7 @@ The reader knows nothing of what happens to the pictures. Damage does not stop i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from heapq import heappop, heappush
@@ -98,6 +98,7 @@ class VideoReader:
         first_index: the index of the first delivered picture.
         seek: jump to the key frame before `start_pts`; False reads, and drops, all that is before it.
         info: what `probe` said of this path, to save probing again.
+        packets: takes the picture's packets out of an open container, in order, and may keep those of other streams.
 
     Attributes:
         info: the probed source.
@@ -121,6 +122,7 @@ class VideoReader:
         first_index: int = 0,
         seek: bool = True,
         info: VideoInfo | None = None,
+        packets: Callable[[av.container.InputContainer, av.video.stream.VideoStream], Iterator[Any]] | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.info = info or probe(path, limits=self.limits)
@@ -132,6 +134,7 @@ class VideoReader:
         self._start_pts, self._stop_pts = start_pts, stop_pts
         self._first_index = first_index
         self._seek = seek
+        self._packets = packets or (lambda container, stream: container.demux(stream))
         self.stamps_repaired = False
         self._deinterlace = deinterlace
         self._deinterlacer = self._new_deinterlacer()
@@ -311,7 +314,7 @@ class VideoReader:
         self, container: av.container.InputContainer, stream: av.video.stream.VideoStream
     ) -> Iterator[av.VideoFrame]:
         """Every picture that can be decoded; what goes wrong is noted."""
-        packets = container.demux(stream)
+        packets = self._packets(container, stream)
         broken = 0
         # The stamps of packets that went in; as many pictures come out, in the order in which they are shown.
         waiting: list[int] | None = [] if _only_counts(container, stream) else None

@@ -11,9 +11,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from actors.records import RowOptions, SegmentRecord, segment_stem
+from infra.job_records import JobRecord, Progress
 from infra.storage import storage_for
 from jobs.manifest import Manifest, ModelRecord, OutputRecord, SourceRecord, write_manifest
-from jobs.records import JobRecord, LedgerRecord, Progress, Shot, VideoPlan
+from jobs.records import LedgerRecord, Shot, VideoPlan
 
 OPTIONS = RowOptions(steps=1, scale=4, height=None, codec=None, crf=None, preset="ultrafast", pix_fmt="auto")
 

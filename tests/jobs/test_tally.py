@@ -3,8 +3,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from infra.job_records import PROGRESS, Progress
 from jobs.cancel import request_cancel
-from jobs.records import PROGRESS, Progress
 from jobs.tally import Reporter, Tally
 from jobs.workarea import WorkArea
 
