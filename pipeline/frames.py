@@ -50,7 +50,11 @@ def tensor_to_frame(output_3HW: Tensor, dtype: np.dtype[np.integer]) -> NDArray[
         levels_3HW = unit_3HW.mul_(float(np.iinfo(dtype).max)).round_()
         narrow_3HW = levels_3HW.to(torch.uint8 if dtype == np.uint8 else torch.int32)
         top = number * _BAND_ROWS
-        picture_HWC[top : top + band_3HW.shape[1]] = narrow_3HW.cpu().numpy().transpose(1, 2, 0)
+        rows = slice(top, top + band_3HW.shape[1])
+        if dtype == np.uint8:
+            torch.from_numpy(picture_HWC)[rows] = narrow_3HW.cpu().permute(1, 2, 0)  # faster than NumPy's transposition
+        else:
+            picture_HWC[rows] = narrow_3HW.cpu().numpy().transpose(1, 2, 0)
     return picture_HWC
 
 
