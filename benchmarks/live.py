@@ -25,7 +25,8 @@ import av
 import numpy as np
 import psutil
 
-from infra.client import LiveStream, encode_picture
+from infra.client import LiveStream
+from infra.live_answer import encode_picture
 from infra.protocol import FrameHeader, Hello, dump
 
 CLIP = Path(__file__).parents[1] / "tests" / "data" / "walk_lr.mp4"

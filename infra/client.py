@@ -18,17 +18,19 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from pydantic import SecretStr
 
 from infra import protocol
+from infra.kept_frames import KeptFrame, KeptFrames, header_to_send
+from infra.live_answer import LiveAnswer, encode_picture
+from infra.live_wire import Connect, ConnectionLost, Wire, transport_for
 from infra.protocol import NO_FLAGS, DropReason, Flag, FrameHeader, Hello, Resume, Welcome
-from infra.refusals import AdmissionRefused, BadMessage, Refusal, ServiceFailure, StateLost, refusal_from_message
+from infra.refusals import AdmissionRefused, ServiceFailure, StateLost, refusal_from_message
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,71 +41,8 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 2.0
 _OPEN_TIMEOUT_S: Final = 10.0
+_MOST_FRUITLESS: Final = 3
 _TELL_S: Final = 0.5  # an answer is acknowledged after so long if no frame carries it
-
-
-@dataclass(frozen=True, slots=True)
-class LiveAnswer:
-    """The service's answer to one frame.
-
-    Attributes:
-        header: see `FrameHeader`; `header.flags` has `Flag.DROPPED` if there is no picture.
-        payload: the restored picture in the codec `codec`.
-        latency_s: from the sending of the frame to its answer's arrival.
-    """
-
-    header: FrameHeader
-    payload: bytes
-    codec: protocol.Codec
-    width: int
-    height: int
-    latency_s: float
-    _connection: int = field(repr=False, default=0)
-
-    @property
-    def id(self) -> int:
-        """Number of the frame."""
-        return self.header.id
-
-    @property
-    def dropped(self) -> DropReason | None:
-        """Why the frame was not restored; None if it was."""
-        return self.header.reason if Flag.DROPPED in self.header.flags else None
-
-    def picture(self) -> NDArray[np.uint8]:
-        """Return the restored picture (H,W,3) of a stream whose `codec_out` is not h264."""
-        import io
-
-        import numpy as np
-        from PIL import Image
-
-        if self.codec == "raw":
-            return np.frombuffer(self.payload, np.uint8).reshape(self.height, self.width, 3)
-        return np.asarray(Image.open(io.BytesIO(self.payload)).convert("RGB"))
-
-
-class Wire(Protocol):
-    """A transport's end: WebSocket here, gRPC in `infra.live_grpc`."""
-
-    async def send(self, message: str | bytes) -> None: ...
-
-    async def receive(self) -> str | bytes | None:
-        """Return the next message; None when the other side has gone."""
-
-    async def close(self) -> None: ...
-
-
-@dataclass(slots=True)
-class _Kept:
-    header: FrameHeader
-    payload: bytes | memoryview
-    size: tuple[int, int]
-    sent_at: float = 0.0
-    answered: FrameHeader | None = None
-
-
-class _ConnectionLost(ConnectionError):
-    """The other side has gone."""
 
 
 class LiveStream:
@@ -133,7 +72,7 @@ class LiveStream:
         api_key: str | None = None,
         token: str | None = None,
         give_up_s: float = 30.0,
-        connect: Callable[[str], Any] | None = None,
+        connect: Connect | None = None,
     ) -> None:
         credentials = protocol.Credentials(
             api_key=SecretStr(api_key) if api_key else None, token=SecretStr(token) if token else None
@@ -141,10 +80,11 @@ class LiveStream:
         given = hello.credentials if api_key is None and token is None else credentials
         self._url = url
         self._hello = hello.model_copy(update={"credentials": given})
-        self._give_up_s, self._connect = give_up_s, connect or _transport(url)
+        self._give_up_s, self._connect = give_up_s, connect or transport_for(url)
         self.hand_overs = self.restarts = 0
         self.stats: protocol.Stats | None = None
-        self._kept: dict[int, _Kept] = {}
+        self._kept = KeptFrames(in_groups=hello.codec_in == "h264")
+        self._fruitless = 0  # times that it began anew since the last answer
         self._answers: deque[LiveAnswer] = deque()
         self._changed = asyncio.Condition()
         self._size = self._wire_size = (hello.width, hello.height)
@@ -189,7 +129,7 @@ class LiveStream:
             id_ = self._next_id
             self._next_id += 1
             flags = (Flag.CUT if cut else NO_FLAGS) | (Flag.KEY if key else NO_FLAGS)
-            self._kept[id_] = _Kept(FrameHeader(id_, id_ if pts is None else pts, flags), payload, self._size)
+            self._kept.add(KeptFrame(FrameHeader(id_, id_ if pts is None else pts, flags), payload, self._size))
             self._changed.notify_all()
         return id_
 
@@ -223,7 +163,7 @@ class LiveStream:
                     raise self._error
                 raise StopAsyncIteration
             answer = self._answers.popleft()
-            if answer._connection == self._connection:
+            if answer.connection == self._connection:
                 self._acknowledged = (answer.id + 1, answer.header.receipt)
                 self._told += 1
                 self._changed.notify_all()
@@ -236,7 +176,7 @@ class LiveStream:
         return self.welcome.granted
 
     def _backlog(self) -> int:
-        return sum(1 for id_ in self._kept if id_ >= self._unsent_from)
+        return self._kept.count_from(self._unsent_from)
 
     def _raise_if_over(self) -> None:
         if self._error is not None:
@@ -254,15 +194,14 @@ class LiveStream:
             except StateLost as refusal:
                 if not resume:
                     raise
-                logger.warning("the stream begins anew: %s", refusal)
-                self._begin_anew()
+                self._begin_anew(refusal)
                 resume = False
                 continue
             except (AdmissionRefused, ServiceFailure) as refusal:
                 wait_s, last = refusal.retry_after_s, refusal
                 if wait_s is None and isinstance(refusal, AdmissionRefused):
                     raise
-            except (OSError, _ConnectionLost, TimeoutError) as error:
+            except (OSError, ConnectionLost, TimeoutError) as error:
                 wait_s = None
                 last = ServiceFailure(
                     f"The service does not answer: {error or type(error).__name__}.",
@@ -271,7 +210,8 @@ class LiveStream:
                     retry_after_s=1.0,
                 )
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            wait_s = random.uniform(0.5, 1.0) * (wait_s if wait_s is not None else pause_s)
+            # Not all at once: after a replica's end, its clients come back together.
+            wait_s = random.uniform(0.5, 1.0) * pause_s if wait_s is None else random.uniform(1.0, 1.5) * wait_s
             if time.monotonic() + wait_s > deadline:
                 raise last
             await asyncio.sleep(wait_s)
@@ -287,32 +227,39 @@ class LiveStream:
             await wire.send(protocol.dump(hello))
             message = await asyncio.wait_for(wire.receive(), _OPEN_TIMEOUT_S)
             if not isinstance(message, str):
-                raise _ConnectionLost("closed before the welcome")
+                raise ConnectionLost("closed before the welcome")
             answer = protocol.parse_answer(message)
             if answer["type"] == "refused":
                 raise refusal_from_message(answer)
-            self.welcome = Welcome.model_validate(answer)
+            welcome = Welcome.model_validate(answer)
+            first = self._kept.resend_from(welcome.resume_at) if resume else self._kept.begin_anew()
+            if first < self._kept.begins_at:
+                raise StateLost(
+                    f"The service asks for frame {first}, which was too long ago.",
+                    limit=f"frames from {self._kept.begins_at} on",
+                    remedy="Open a new stream.",
+                )
         except BaseException:
             with contextlib.suppress(Exception):
                 await wire.close()
             raise
-        self._wire = wire
+        self._wire, self.welcome = wire, welcome
         self._connection += 1
         self._sent, self._granted = 0, self.welcome.granted
         self._acknowledged, self._told = (0, 0), 0
         self._wire_size = (hello.width, hello.height)
-        first = min(self._kept, default=self._next_id)
-        self._unsent_from = self._resend_from(self.welcome.resume_at) if resume else first
+        self._unsent_from = first
 
-    def _resend_from(self, resume_at: int) -> int:
-        if self._hello.codec_in != "h264":
-            return resume_at
-        keys = [id_ for id_, kept in self._kept.items() if Flag.KEY in kept.header.flags and id_ <= resume_at]
-        return max(keys, default=resume_at)
-
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, why: StateLost) -> None:
+        self._fruitless += 1
+        if self._fruitless > _MOST_FRUITLESS:
+            raise ServiceFailure(
+                "The stream began anew several times without a single answer.",
+                code="restarts",
+                remedy="Look at the frame that the service fails at.",
+            ) from why
+        logger.warning("the stream begins anew: %s", why)
         self.restarts += 1
-        self._kept = {id_: kept for id_, kept in self._kept.items() if kept.answered is None}
 
     async def _pump(self) -> None:
         """Send frames as credit allows, and acknowledgements that no frame carries."""
@@ -331,7 +278,7 @@ class LiveStream:
                 for message in messages:
                     try:
                         await wire.send(message)
-                    except (OSError, _ConnectionLost):
+                    except (OSError, ConnectionLost):
                         break  # the receiving side sees it, too, and connects again
                 if any(isinstance(message, str) and '"close"' in message for message in messages):
                     async with self._changed:
@@ -353,7 +300,7 @@ class LiveStream:
     def _next_unsent(self) -> int | None:
         if self._sent >= self._granted:
             return None
-        return next((id_ for id_ in self._kept if id_ >= self._unsent_from), None)
+        return self._kept.first_from(self._unsent_from)
 
     def _may_close(self) -> bool:
         return self._closing and not self._closed and self._backlog() == 0
@@ -367,16 +314,7 @@ class LiveStream:
             self._sent += 1
             self._told = 0
             kept.sent_at = kept.sent_at or time.monotonic()
-            told = kept.answered
-            header = FrameHeader(
-                id_,
-                kept.header.pts,
-                kept.header.flags,
-                level=told.level if told else 0,
-                reason=told.reason if told else DropReason.NONE,
-                receipt=receipt,
-                acknowledged=below,
-            )
+            header = header_to_send(kept, acknowledged=below, receipt=receipt)
             self._changed.notify_all()
             messages: list[str | bytes] = [header.pack(kept.payload)]
             if kept.size != self._wire_size:
@@ -434,7 +372,7 @@ class LiveStream:
             if kind == "granted":
                 self._granted = max(self._granted, int(message["frames"]))
             elif kind == "durable":
-                self._forget_below(int(message["below"]))
+                self._kept.forget_below(int(message["below"]))
             elif kind == "stats":
                 self.stats = protocol.Stats.model_validate(message)
             elif kind == "closed":
@@ -446,17 +384,19 @@ class LiveStream:
         header, payload = FrameHeader.unpack(message)
         async with self._changed:
             self._granted = max(self._granted, header.granted)
+            self._fruitless = 0
             kept = self._kept.get(header.id)
             stray = header.reason in (DropReason.REPEATED, DropReason.OUT_OF_ORDER)
             if header.id < self._received and not stray:
-                raise BadMessage(f"Frame {header.id} was answered twice.", remedy="This is a defect; please report it.")
+                # A stream that began anew with a key frame, for the decoder's sake: the client has had this one.
+                self._acknowledged = (header.id + 1, header.receipt)
+                self._told += 1
+                self._changed.notify_all()
+                return
             if not stray:
                 self._received = header.id + 1
-            if kept is not None and not stray:
-                kept.answered = header
-                if header.reason is not DropReason.NONE and self._hello.codec_in != "h264":
-                    del self._kept[header.id]
-            self._forget_below(header.acknowledged)
+                self._kept.answered(header)
+            self._kept.forget_below(header.acknowledged)
             sent_at = kept.sent_at if kept is not None else time.monotonic()
             width, height = protocol.output_size(self._hello, *(kept.size if kept is not None else self._size))
             answer = LiveAnswer(
@@ -471,94 +411,7 @@ class LiveStream:
             self._answers.append(answer)
             self._changed.notify_all()
 
-    def _forget_below(self, durable: int) -> None:
-        if self._hello.codec_in == "h264":
-            durable = self._resend_from(durable)
-        for id_ in [id_ for id_ in self._kept if id_ < durable]:
-            del self._kept[id_]
-
     async def _end(self, error: BaseException) -> None:
         async with self._changed:
             self._error = error
             self._changed.notify_all()
-
-
-class _WebSocketWire:
-    def __init__(self, socket: Any) -> None:
-        self._socket = socket
-
-    async def send(self, message: str | bytes) -> None:
-        from websockets.exceptions import ConnectionClosed
-
-        try:
-            await self._socket.send(message)
-        except ConnectionClosed as error:
-            raise _ConnectionLost(str(error)) from error
-
-    async def receive(self) -> str | bytes | None:
-        from websockets.exceptions import ConnectionClosed
-
-        try:
-            message: str | bytes = await self._socket.recv()
-        except ConnectionClosed:
-            return None
-        return message
-
-    async def close(self) -> None:
-        await self._socket.close()
-
-
-async def connect_websocket(url: str) -> Wire:
-    """Connect to ``ws://`` or ``wss://``; the path is the service's unless there is one.
-
-    Raises:
-        OSError: nobody is there, or somebody else.
-    """
-    from websockets.asyncio.client import connect
-    from websockets.exceptions import WebSocketException
-
-    address = url if "/v1/streams" in url else url.rstrip("/") + "/v1/streams"
-    try:
-        socket = await connect(
-            address,
-            subprotocols=[protocol.SUBPROTOCOL],  # type: ignore[list-item]  # a plain string, to the library a type
-            max_size=None,
-            compression=None,  # pictures are compressed already
-            close_timeout=1.0,
-        )
-    except WebSocketException as error:
-        raise _ConnectionLost(str(error)) from error
-    return _WebSocketWire(socket)
-
-
-def _transport(url: str) -> Callable[[str], Any]:
-    if url.startswith(("grpc://", "grpcs://")):
-        from infra.live_grpc import connect_grpc
-
-        return connect_grpc
-    return connect_websocket
-
-
-def encode_picture(rgb_HWC: NDArray[np.uint8], codec: protocol.Codec, quality: int) -> bytes:
-    """Return a picture (H,W,3) in a codec that has no memory.
-
-    Raises:
-        BadMessage: h264, which needs an encoder with memory.
-    """
-    import io
-
-    from PIL import Image
-
-    if codec == "raw":
-        return rgb_HWC.tobytes()
-    if codec == "h264":
-        raise BadMessage(
-            "A single picture cannot be encoded as h264.",
-            remedy="Encode the stream and use `send`, one access unit each.",
-        )
-    file = io.BytesIO()
-    Image.fromarray(rgb_HWC).save(file, codec, quality=quality)
-    return file.getvalue()
-
-
-__all__ = ["LiveAnswer", "LiveStream", "Refusal", "Wire", "connect_websocket", "encode_picture"]

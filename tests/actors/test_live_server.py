@@ -12,7 +12,9 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from actors.live_server import LiveConfig
-from infra.client import LiveAnswer, LiveStream
+from infra.blocking_client import BlockingStream
+from infra.client import LiveStream
+from infra.live_answer import LiveAnswer
 from infra.protocol import Deadline, DropReason, Flag, FrameHeader, Hello, Newest, dump
 from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, StateLost
 from tests.live_service import LiveService, live_service
@@ -353,6 +355,16 @@ def test_a_poisoned_state_reaches_nobody_else() -> None:
 
     with live_service() as service:
         asyncio.run(run(service))
+
+
+def test_a_program_without_an_event_loop() -> None:
+    with live_service() as service, BlockingStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+        for number in range(3):
+            stream.send_picture(picture(number))
+        stream.close()
+        assert [answer.id for answer in stream] == [0, 1, 2]
+    with live_service() as service, pytest.raises(BadMessage, match="no model"):
+        BlockingStream(service.url, Hello(width=32, height=24, model="none")).__enter__()
 
 
 def test_health_and_models() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infra.client import LiveAnswer, LiveStream
+from infra.client import LiveStream
+from infra.live_answer import LiveAnswer
 from infra.protocol import Flag, Hello
 from infra.refusals import AdmissionRefused
 from tests.live_cluster import LiveCluster, live_cluster

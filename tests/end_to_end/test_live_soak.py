@@ -21,7 +21,8 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from actors.replay import LogEntry, replay
-from infra.client import LiveAnswer, LiveStream
+from infra.client import LiveStream
+from infra.live_answer import LiveAnswer
 from infra.protocol import Deadline, Hello, Lossless, Newest, dump
 from infra.refusals import Refusal
 from pipeline.engine import open_engine
