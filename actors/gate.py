@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from actors.live_server import Guest
@@ -16,7 +16,7 @@ from infra.tenants import Accounts, Scope, Tenant, require
 if TYPE_CHECKING:
     from actors.live_connection import Channel
     from infra.live_settings import LiveSettings
-    from infra.protocol import Hello
+    from infra.protocol import Credentials, Hello
 
 
 class SettingsGate:
@@ -45,7 +45,9 @@ class SettingsGate:
         """
         if channel.is_web:
             self.origins.check(origin=channel.headers.get("origin"), host=channel.headers.get("host"))
-        tenant = await self.tenant(hello.credentials, channel)
+        given = hello.credentials
+        presented = channel.headers if given.api_key is None and given.token is None else given
+        tenant = await self._tenant(presented, channel.headers, channel.peer)
         require(tenant, Scope.LIVE)
         self.accounts.check_frame(tenant, hello.width, hello.height)
         lease = self.accounts.open_session(tenant)
@@ -56,9 +58,22 @@ class SettingsGate:
             may_stay=lambda: self.authenticator.still_admits(tenant),
         )
 
-    async def tenant(self, presented: object, channel: Channel) -> Tenant:
-        """Return whom credentials let in: those of a hello, or where it has none those of the transport's headers."""
-        address = client_address(channel.peer, channel.headers, self._proxies)
-        credentials = getattr(presented, "api_key", None) or getattr(presented, "token", None)
-        shown = presented if credentials is not None else channel.headers
-        return await asyncio.to_thread(self.authenticator.authenticate, shown, address=address)  # type: ignore[arg-type]
+    async def tenant_of(self, headers: Mapping[str, str], peer: str | None, scope: Scope) -> Tenant:
+        """Return whose request this is.
+
+        Args:
+            headers: of the request, names in lower case. peer: address of the connection. scope: what it needs.
+
+        Raises:
+            Unauthorized, Forbidden, RateExceeded: not this one, or not now.
+        """
+        self.origins.check(origin=headers.get("origin"), host=headers.get("host"))
+        tenant = await self._tenant(headers, headers, peer)
+        require(tenant, scope)
+        return tenant
+
+    async def _tenant(
+        self, presented: Credentials | Mapping[str, str], headers: Mapping[str, str], peer: str | None
+    ) -> Tenant:
+        address = client_address(peer, headers, self._proxies)
+        return await asyncio.to_thread(self.authenticator.authenticate, presented, address=address)

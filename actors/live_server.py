@@ -203,7 +203,7 @@ class LiveServer:
         config = self.config
         self._require_size(hello, channel)
         takeover: Takeover | None = None
-        engine = self._engine(hello)
+        engine = self.engine_named(hello.model)
         if hello.resume is not None:
             key = SessionKey(guest.tenant, hello.resume.session)
             takeover = await self._states.take_over(key, hello.resume.token.get_secret_value(), hello.resume.received)
@@ -277,17 +277,22 @@ class LiveServer:
         if older is not None:
             await older.drain()
 
-    def _engine(self, hello: Hello) -> LiveEngine:
-        if hello.model is None:
+    def engine_named(self, name: str | None) -> LiveEngine:
+        """Return a model; the default one for None.
+
+        Raises:
+            BadMessage: there is none of this name.
+        """
+        if name is None:
             return next(iter(self.engines.values()))
-        if hello.model not in self.engines:
+        if name not in self.engines:
             raise BadMessage(
-                f"There is no model {hello.model!r} here.",
+                f"There is no model {name!r} here.",
                 code="model-unknown",
                 limit=", ".join(self.engines),
                 remedy="Ask for one of GET /v1/models, or for none.",
             )
-        return self.engines[hello.model]
+        return self.engines[name]
 
     def _engine_of(self, model_sha256: str, key: SessionKey) -> LiveEngine:
         for engine in self.engines.values():

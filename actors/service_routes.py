@@ -1,0 +1,55 @@
+"""The routes beside the streams: uploads, archive jobs, and who may ask for them."""
+
+# No postponed annotations here: FastAPI evaluates them, and cannot see what is local to a function.
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+
+from actors.jobs_api import JobsSettings
+from actors.jobs_api import make_router as make_jobs_router
+from actors.live_server import LiveServer
+from actors.restore_api import make_router as make_restore_router
+from actors.step_lease import EngineLease
+from actors.upload import UploadOptions, UploadSettings
+from infra.tenants import Scope, Tenant
+from pipeline.video import VideoInfo
+
+if TYPE_CHECKING:
+    from actors.gate import SettingsGate
+
+
+def tenant_with(get_gate: Callable[[], "SettingsGate"], scope: Scope) -> Callable[[Request], Awaitable[Tenant]]:
+    """Return a FastAPI dependency: the tenant of a request, whose credentials must be good for `scope`.
+
+    It raises the refusals of `SettingsGate.tenant_of`.
+    """
+
+    async def tenant(request: Request) -> Tenant:
+        return await get_gate().tenant_of(request.headers, request.client.host if request.client else None, scope)
+
+    return tenant
+
+
+def add_service_routes(
+    app: FastAPI,
+    get_server: Callable[[], LiveServer],
+    get_gate: Callable[[], "SettingsGate"],
+    *,
+    uploads: UploadSettings,
+    jobs: JobsSettings,
+) -> None:
+    """Add `/v1/restore` and `/v1/jobs`.
+
+    Args:
+        get_server, get_gate: the replica's; asked at each request, because the application is made before them.
+    """
+
+    async def open_step(tenant: Any, options: UploadOptions, video: VideoInfo) -> EngineLease:
+        server = get_server()
+        get_gate().accounts.check_frame(tenant, video.width, video.height)
+        return EngineLease(server, server.engine_named(options.model))
+
+    restore_tenant = tenant_with(get_gate, Scope.RESTORE)
+    app.include_router(make_restore_router(restore_tenant, open_step, uploads))
+    app.include_router(make_jobs_router(tenant_with(get_gate, Scope.JOBS), jobs))
