@@ -99,11 +99,19 @@ class RateExceeded(Refusal):
 
 
 class Unauthorized(Refusal):
-    """No credentials, wrong ones, or none for this."""
+    """No credentials, or wrong ones; which of it is in the log alone."""
 
     close_code = 4401
     http_status = 401
     default_code = "unauthorized"
+
+
+class Forbidden(Refusal):
+    """Known credentials that are not good for this, or a page of another origin."""
+
+    close_code = 4403
+    http_status = 403
+    default_code = "forbidden"
 
 
 class BadMessage(Refusal):
@@ -139,6 +147,7 @@ KINDS: Final = {
         OutOfOrder,
         RateExceeded,
         Unauthorized,
+        Forbidden,
         BadMessage,
         TimedOut,
         ServiceFailure,
