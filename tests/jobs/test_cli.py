@@ -37,6 +37,7 @@ SURFACE = {
         "--model", "--steps", "--device", "--dtype", "--flow", "--threads", "--size", "--frames", "--config", "--json",
         "--debug",
     ],
+    "upriver keys": [],
     "upriver submit": [],
     "upriver archive-plan": [],
     "upriver train": [],
