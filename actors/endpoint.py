@@ -18,6 +18,7 @@ from ray import serve
 from actors.gate import SettingsGate
 from actors.live_server import LiveConfig, LiveServer
 from actors.state_holder import HeldStates, holder
+from infra.listening import origin_policy_for
 from infra.live_settings import LiveSettings, load_live_settings
 
 if TYPE_CHECKING:
@@ -51,14 +52,26 @@ class ModelList(BaseModel):
     models: list[str] = Field(default=["tiny"], min_length=1)
 
 
-def _build() -> FastAPI:
+def _build(told: dict[str, Any]) -> FastAPI:
+    """Return a replica's web application; `told` are the settings."""
     from actors.live_app import make_app
+    from actors.service_routes import add_service_routes, jobs_settings, upload_settings
 
-    def server() -> LiveServer:
-        endpoint: Endpoint = serve.get_replica_context().servable_object  # type: ignore[assignment]
-        return endpoint.server
+    settings = LiveSettings(**told)
 
-    return make_app(server)
+    def endpoint() -> Endpoint:
+        made: Endpoint = serve.get_replica_context().servable_object  # type: ignore[assignment]
+        return made
+
+    app = make_app(lambda: endpoint().server, origins=origin_policy_for(settings))
+    add_service_routes(
+        app,
+        lambda: endpoint().server,
+        lambda: endpoint().gate,
+        uploads=upload_settings(settings),
+        jobs=jobs_settings(settings),
+    )
+    return app
 
 
 class Endpoint:
@@ -184,8 +197,9 @@ def application(args: ApplicationArguments | dict[str, Any]) -> Application:
     """
     args = ApplicationArguments.model_validate(args)
     settings = load_live_settings(args.live).values
+    told = settings.model_dump(mode="json", exclude={"models"})
     deployment: Any = serve.deployment(  # Serve's types do not know what its decorators return
-        serve.ingress(_build)(Endpoint),
+        serve.ingress(lambda: _build(told))(Endpoint),
         name=DEPLOYMENT,
         num_replicas=args.replicas,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
@@ -197,5 +211,5 @@ def application(args: ApplicationArguments | dict[str, Any]) -> Application:
         health_check_timeout_s=10.0,
         user_config=ModelList(models=list(settings.models)).model_dump(),
     )
-    made: Application = deployment.bind(settings.model_dump(mode="json", exclude={"models"}), args.engine.model_dump())
+    made: Application = deployment.bind(told, args.engine.model_dump())
     return made

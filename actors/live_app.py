@@ -15,10 +15,12 @@ from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from actors.live_server import LiveServer
 from actors.page_routes import add_page
+from infra.origins import OriginPolicy
 from infra.protocol import SUBPROTOCOL, WEBSOCKET_MESSAGE_LIMIT
 from infra.refusals import AdmissionRefused, BadMessage, Refusal
 
@@ -118,11 +120,12 @@ class WebSocketChannel:
             await self.socket.close(code, reason[:_LONGEST_REASON])
 
 
-def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
+def make_app(get_server: Callable[[], LiveServer], *, origins: OriginPolicy | None = None) -> FastAPI:
     """Return the application.
 
     Args:
         get_server: returns the replica's server; asked at each request, because the application is made before it.
+        origins: whose pages may use it; None: only its own.
     """
     app = FastAPI(
         title="Upriver",
@@ -132,6 +135,8 @@ def make_app(get_server: Callable[[], LiveServer]) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
     )
+
+    app.add_middleware(CORSMiddleware, **(origins or OriginPolicy()).cors_arguments())
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:

@@ -12,6 +12,8 @@ from actors.live_server import LiveServer
 from actors.restore_api import make_router as make_restore_router
 from actors.step_lease import EngineLease
 from actors.upload import UploadOptions, UploadSettings
+from infra.live_settings import LiveSettings
+from infra.restore_job import JobRules
 from infra.tenants import Scope, Tenant
 from pipeline.video import VideoInfo
 
@@ -29,6 +31,28 @@ def tenant_with(get_gate: Callable[[], "SettingsGate"], scope: Scope) -> Callabl
         return await get_gate().tenant_of(request.headers, request.client.host if request.client else None, scope)
 
     return tenant
+
+
+def upload_settings(settings: LiveSettings) -> UploadSettings:
+    """Return what the service's settings say of uploads."""
+    return UploadSettings(
+        max_bytes=settings.limits.upload_bytes,
+        max_pixels=min(settings.greatest_side**2, settings.limits.frame_pixels),
+        max_uploads=max(1, settings.uploads),
+        spool_bytes=settings.spool_bytes,
+        idle_s=settings.upload_idle_s,
+    )
+
+
+def jobs_settings(settings: LiveSettings) -> JobsSettings:
+    """Return what the service's settings say of archive jobs."""
+    rules = JobRules(
+        sources=settings.job_sources,
+        destinations=settings.job_destinations,
+        models=settings.models,
+        jobs_per_tenant=max(1, settings.limits.jobs),
+    )
+    return JobsSettings(rules=rules)
 
 
 def add_service_routes(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class EngineLease:
-    """`actors.upload.StepLease` on an engine. Made in the server's event loop; its methods are called from elsewhere."""
+    """`actors.upload.StepLease` on an engine. Made in the server's event loop, called from elsewhere."""
 
     def __init__(self, server: LiveServer, engine: LiveEngine) -> None:
         self._server, self._engine = server, engine

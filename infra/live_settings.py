@@ -19,6 +19,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from infra.errors import SettingsError
 from infra.origins import ANY, parse_origin
 from infra.protocol import HELLO_TIMEOUT_S, LARGEST_SIDE, SMALLEST_SIDE
+from infra.restore_job import JobRules
 from infra.settings import LIVE_TABLE, LayeredSettings, Loaded, load_layers
 from infra.tenants import Scope, TenantLimits, is_tenant_name
 from infra.tokens import TokenOptions
@@ -105,7 +106,7 @@ class LiveSettings(LayeredSettings):
         default=4096, ge=SMALLEST_SIDE, le=LARGEST_SIDE, description="largest width and height of an input frame"
     )
 
-    # Uploads, and what it fetches.
+    # Uploads, and archive jobs.
     spool_bytes: int = Field(
         default=1_000_000_000, ge=1024, le=10**13, description="most of an upload that is kept in a file at a time"
     )
@@ -113,20 +114,10 @@ class LiveSettings(LayeredSettings):
         default=30.0, gt=0, le=3600, description="an upload that sends nothing for so long is ended"
     )
     uploads: int = Field(default=2, ge=0, le=1000, description="uploads at a time of a replica")
-    fetch_schemes: Names = Field(default=("https", "s3"), description="schemes of URLs that jobs may read and write")
-    fetch_hosts: Names = Field(
-        default=(), description="hosts, or *.domains, that may be fetched from; none: any public one"
+    job_sources: Names = Field(
+        default=(), description="places, such as s3://tapes/in/{tenant}/, that archive jobs may read; none: no jobs"
     )
-    fetch_private: Names = Field(
-        default=(), description="private networks, such as 10.1.0.0/16, that may be fetched from"
-    )
-    fetch_bytes: int = Field(default=10**11, ge=1024, le=10**15, description="largest file fetched")
-    fetch_timeout_s: float = Field(
-        default=30.0, gt=0, le=3600, description="a fetch that gets nothing for so long is ended"
-    )
-    fetch_redirects: int = Field(
-        default=3, ge=0, le=20, description="redirects followed, each checked like the first URL"
-    )
+    job_destinations: Names = Field(default=(), description="places that archive jobs may write")
 
     @field_validator("cors_origins")
     @classmethod
@@ -143,15 +134,18 @@ class LiveSettings(LayeredSettings):
     def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(each.lower().removeprefix("[").removesuffix("]") for each in value)
 
-    @field_validator("trusted_proxies", "fetch_private")
+    @field_validator("trusted_proxies")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(ipaddress.ip_network(each)) for each in value)
 
-    @field_validator("fetch_schemes", "fetch_hosts")
+    @field_validator("job_sources", "job_destinations")
     @classmethod
-    def _lower(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(each.lower() for each in value)
+    def _places(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return JobRules(sources=value).sources
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
     @field_validator("tenants")
     @classmethod

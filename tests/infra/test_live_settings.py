@@ -60,12 +60,12 @@ def test_lists_and_tables_in_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("UPRIVER_LIVE_JWT_DEFAULT_SCOPES", "live,jobs")
     monkeypatch.setenv("UPRIVER_LIVE_LIMITS", '{"sessions": 1}')
     monkeypatch.setenv("UPRIVER_LIVE_TENANTS", '{"alice": {"sessions": 50, "upload_bytes": 5000}}')
-    monkeypatch.setenv("UPRIVER_LIVE_FETCH_PRIVATE", "10.1.0.0/16")
+    monkeypatch.setenv("UPRIVER_LIVE_TRUSTED_PROXIES", "10.1.0.0/16")
     monkeypatch.setenv("UPRIVER_LIVE_HOST", "")  # as compose files leave what is not set
     values = load_live_settings().values
     assert values.models == ("tiny", "film") and values.jwt_default_scopes == (Scope.LIVE, Scope.JOBS)
     assert values.cors_origins == ("https://a.example", "http://b.example:81")
-    assert values.fetch_private == ("10.1.0.0/16",) and values.host == "127.0.0.1"
+    assert values.trusted_proxies == ("10.1.0.0/16",) and values.host == "127.0.0.1"
     assert values.limits_of("bob").sessions == 1
     alice = values.limits_of("alice")
     assert (alice.sessions, alice.upload_bytes, alice.jobs) == (50, 5000, values.limits.jobs)
@@ -83,7 +83,8 @@ def test_lists_and_tables_in_the_environment(monkeypatch: pytest.MonkeyPatch) ->
         ({"cors_origins": ("https://page.example/path",)}, "cors_origins"),
         ({"cors_origins": ("null",)}, "cors_origins"),
         ({"trusted_proxies": ("10.0.0.1/8",)}, "trusted_proxies"),
-        ({"fetch_private": ("everything",)}, "fetch_private"),
+        ({"trusted_proxies": ("everything",)}, "trusted_proxies"),
+        ({"job_sources": ("s3://",)}, "job_sources"),
         ({"limits": {"sessions": 0}}, "limits.sessions=0"),
         ({"limits": {"sesions": 1}}, "limits.sesions"),
         ({"tenants": {"alice": {"sessions": -1}}}, "tenants.alice.sessions"),
@@ -134,7 +135,7 @@ def test_a_password_in_a_url_is_not_repeated() -> None:
 def test_the_safe_way_is_the_default() -> None:
     values = LiveSettings()
     assert values.host == "127.0.0.1" and values.grpc_port is None and not values.insecure
-    assert values.cors_origins == () and values.fetch_private == () and "http" not in values.fetch_schemes
+    assert values.cors_origins == () and values.job_sources == ()
     assert not values.asks_for_credentials and values.token_options() is None
 
 

@@ -37,6 +37,7 @@ SURFACE = {
         "--model", "--steps", "--device", "--dtype", "--flow", "--threads", "--size", "--frames", "--config", "--json",
         "--debug",
     ],
+    "upriver serve": [],
     "upriver keys": [],
     "upriver submit": [],
     "upriver archive-plan": [],
