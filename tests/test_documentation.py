@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.live_service import live_service
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "actors", "jobs", "infra")
@@ -108,8 +111,11 @@ def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     write_clip(tmp_path / "clip.mp4")
     namespace: dict[str, object] = {}
-    for number, body in enumerate(blocks(page, "python"), 1):
-        exec(compile(body, f"{name_of(page)}, snippet {number}", "exec"), namespace)
+    with live_service(None, "tiny") if "127.0.0.1:8000" in page.read_text() else nullcontext() as service:
+        for number, body in enumerate(blocks(page, "python"), 1):
+            if service is not None:
+                body = body.replace("127.0.0.1:8000", f"127.0.0.1:{service.port}")
+            exec(compile(body, f"{name_of(page)}, snippet {number}", "exec"), namespace)
 
 
 def write_clip(path: Path) -> None:
