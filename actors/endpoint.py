@@ -19,6 +19,8 @@ from actors.gate import SettingsGate
 from actors.live_server import LiveConfig, LiveServer
 from actors.state_holder import HeldStates, holder
 from infra.live_settings import LiveSettings, load_live_settings
+from infra.structured_logs import serve_logging, use_serve_handlers
+from infra.telemetry import Telemetry, TelemetryConfig
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -64,7 +66,7 @@ def _build() -> FastAPI:
 class Endpoint:
     """One replica. Loads its models before it counts as ready."""
 
-    def __init__(self, settings: dict[str, Any], engine: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], engine: dict[str, Any], telemetry: dict[str, Any]) -> None:
         self._settings = LiveSettings(**settings)
         self._config = LiveConfig.from_settings(self._settings)
         self._engine_config = EngineConfig(**engine)
@@ -77,7 +79,17 @@ class Endpoint:
         self._replica = context.replica_tag
         self._holder: Any = actor
         self.gate = SettingsGate(self._settings)
-        self.server = LiveServer(self._config, {}, states=HeldStates(actor), gate=self.gate)
+        shown = TelemetryConfig(**telemetry)
+        use_serve_handlers(shown.logs, replica=self._replica)
+        held = HeldStates(actor)
+        self.server = LiveServer(
+            self._config,
+            {},
+            states=held,
+            gate=self.gate,
+            telemetry=Telemetry.start(shown, self._replica),
+            board=held,
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._started = False
 
@@ -89,6 +101,7 @@ class Endpoint:
             self._started = True
             self.server.start()
             self._tasks.append(loop.create_task(self._watch_for_drain()))
+            self._tasks.append(loop.create_task(self.server.desk.post_forever()))
         engines: dict[str, LiveEngine] = {}
         for name in wanted:
             engine = self.server.engines.get(name)
@@ -161,6 +174,7 @@ class ApplicationArguments(BaseModel):
 
     Attributes:
         live: settings of the service, see `infra.live_settings`; those of the environment and the file apply as well.
+        telemetry: how metrics, traces and logs look.
         replicas: each holds all models.
         num_gpus, num_cpus: what a replica reserves.
         drain_s: how long a replica that is stopped may take to hand its streams over.
@@ -169,6 +183,7 @@ class ApplicationArguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     live: dict[str, Any] = {}
     engine: EngineConfig = EngineConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     replicas: int = Field(default=1, ge=1, le=4096)
     num_gpus: float = Field(default=0.0, ge=0, le=64)
     num_cpus: float = Field(default=1.0, ge=0, le=4096)
@@ -196,6 +211,8 @@ def application(args: ApplicationArguments | dict[str, Any]) -> Application:
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
         user_config=ModelList(models=list(settings.models)).model_dump(),
+        logging_config=serve_logging(args.telemetry.logs),
     )
-    made: Application = deployment.bind(settings.model_dump(mode="json", exclude={"models"}), args.engine.model_dump())
+    told = settings.model_dump(mode="json", exclude={"models"})
+    made: Application = deployment.bind(told, args.engine.model_dump(), args.telemetry.model_dump())
     return made
