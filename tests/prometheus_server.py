@@ -18,7 +18,7 @@ import pytest
 
 from tests.object_stores import free_ports
 
-SCRAPE_S = 0.5
+SCRAPE_MS = 500
 START_S = 60.0
 
 
@@ -60,7 +60,7 @@ class Prometheus:
         until = time.monotonic() + patience_s
         while not self.query(expression):
             assert time.monotonic() < until, f"no data for {expression}"
-            time.sleep(SCRAPE_S / 2)
+            time.sleep(SCRAPE_MS / 2000)
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def prometheus(folder: Path, target: str, rules: Path) -> Iterator[Prometheus]:
     (port,) = free_ports(1)
     configuration = folder / "prometheus.yml"
     configuration.write_text(
-        f"global: {{scrape_interval: {SCRAPE_S}s, scrape_timeout: {SCRAPE_S}s, evaluation_interval: 1s}}\n"
+        f"global: {{scrape_interval: {SCRAPE_MS}ms, scrape_timeout: {SCRAPE_MS}ms, evaluation_interval: 1s}}\n"
         f"rule_files: [{json.dumps(str(rules))}]\n"
         f"scrape_configs: [{{job_name: upriver, static_configs: [{{targets: ['{target}']}}]}}]\n"
     )
