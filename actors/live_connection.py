@@ -14,10 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar, assert_never, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, assert_never, cast
 
 from actors.errors import describe_failure
 from actors.frame_codec import FrameDecoder, FrameEncoder, Undecodable, open_decoder, open_encoder
+from actors.live_report import StreamReport
 from actors.pictures import resize
 from actors.session import Answer, Incoming, Session, SessionState
 from actors.state_book import Snapshot, StateStore
@@ -83,15 +84,6 @@ class _Drained(Exception):
     """The replica goes away."""
 
 
-def _how(error: BaseException | None) -> Literal["closed", "lost", "handed_over", "refused"]:
-    """Return the word by which the end of a stream is counted."""
-    if error is None:
-        return "closed"
-    if isinstance(error, _Drained):
-        return "handed_over"
-    return "lost" if isinstance(error, _ClientGone) else "refused"
-
-
 class LiveConnection:
     """See the module; `run` is the whole life of a stream on this replica.
 
@@ -139,14 +131,7 @@ class LiveConnection:
         self._last_save = clock()
         self._moved = asyncio.Event()  # something was sent, or freed without an answer
         self._ended = asyncio.Event()
-        telemetry = telemetry or Telemetry()
-        about = {"tenant": session.key.tenant, "model": engine.name, "policy": hello.policy.kind}
-        self._metrics, self._meter = telemetry.metrics, telemetry.metrics.stream(**about)
-        about = {f"upriver.{name}": value for name, value in (about | {"session": session.key.session}).items()}
-        traceparent = channel.headers.get("traceparent")
-        tracer = telemetry.tracer
-        self._tracer = None if tracer is None else tracer.stream(traceparent, about, clock=clock)
-        self.state_bytes = 0  # of the last snapshot
+        self.report = StreamReport(telemetry or Telemetry(), session, engine.name, channel.headers, clock)
         self._writer: asyncio.Task[None] | None = None
 
     async def run(self, welcome: str) -> None:
@@ -189,8 +174,8 @@ class LiveConnection:
 
     async def _end(self, error: BaseException | None) -> None:
         session = self.session
-        self._meter.ended(_how(error))
         if error is None:  # closed by the client, everything answered
+            self.report.ended("closed")
             session.move(SessionState.CLOSED)
             await self._forget()
             totals = session.totals
@@ -199,6 +184,7 @@ class LiveConnection:
         elif isinstance(error, _Drained):
             await self._hand_over()
         elif isinstance(error, _ClientGone):
+            self.report.ended("lost")
             await self._step_out()
             await self._save_last()
             session.move(SessionState.CLOSED)
@@ -207,7 +193,7 @@ class LiveConnection:
 
     async def _hand_over(self) -> None:
         session = self.session
-        self._metrics.handed_off("out")
+        self.report.ended("handed_over")
         session.move(SessionState.DRAINING)
         await self._step_out()
         with contextlib.suppress(TimeoutError):  # a client that does not read gets the rest elsewhere, or never
@@ -229,7 +215,7 @@ class LiveConnection:
         session.move(SessionState.FAILED)
         if not isinstance(error, StateLost):  # another replica goes on with it: not ours to close
             await self._forget()
-        self._metrics.refused(type(error).__name__, error.code)
+        self.report.ended("refused", error)
         logger.info("stream %s is refused: %s", session.key, error.code)
         await self._say_and_close(protocol.dump_refusal(error), error.close_code, error.code)
 
@@ -326,11 +312,10 @@ class LiveConnection:
     def _arrive(self, message: bytes) -> None:
         session = self.session
         header, payload = FrameHeader.unpack(message)
-        self._meter.received(len(message))
+        self.report.received(len(message))
         self._acknowledge(header.acknowledged, header.receipt)
         frame = session.arrive(header, self._clock())
-        if self._tracer is not None:
-            frame.trace = self._tracer.frame(frame.id, frame.arrived)
+        self.report.arrived(frame)
         if frame.reason is not DropReason.NONE:
             self._answer(session.drop(frame, frame.reason))
             return
@@ -395,7 +380,7 @@ class LiveConnection:
 
     def _take_place(self, frame: Incoming) -> None:
         if frame.decode_only:
-            self._meter.replayed()
+            self.report.replayed()
             self.session.release(frame)  # only the decoder needed it
             self._tell_granted()
             return
@@ -408,7 +393,7 @@ class LiveConnection:
         if self._save_due and self.session.in_step is None:
             self._save()
         if answer.frame.replayed:
-            self._meter.replayed()
+            self.report.replayed()
             self.session.release(answer.frame)
             self._tell_granted()
             self._moved.set()
@@ -430,24 +415,11 @@ class LiveConnection:
             item.output = None
             message = header.pack(payload)
             await self._channel.send(message)
-            self._observe(item, header, len(message), began, now)
+            self.report.sent(item, header, len(message), began=began, encoded=now)
             self._unsent -= 1
             self._moved.set()
             if self.session.life is SessionState.WARMING:
                 self.session.move(SessionState.LIVE)
-
-    def _observe(self, answer: Answer, header: FrameHeader, size_bytes: int, began: float, encoded: float) -> None:
-        """Report an answer that was sent; `began`: to be encoded."""
-        sent, trace = self._clock(), answer.frame.trace
-        if trace is not None:
-            if answer.reason is DropReason.NONE:
-                trace.stage("encode", encoded, began=began)
-            trace.stage("send", sent, began=encoded)
-            dropped = header.reason.name.lower()
-            about: dict[str, str | int] = {"upriver.level": header.level, "upriver.index": header.index}
-            trace.finish(sent, about | {"upriver.dropped": dropped})
-        trace_id = None if trace is None else trace.trace_id
-        self._meter.answered(header, size_bytes, sent - answer.frame.arrived, sent - encoded, trace_id)
 
     def _encode(self, answer: Answer) -> tuple[bytes | memoryview, bool]:
         rgb_HWC = answer.frame.rgb_HWC
@@ -532,16 +504,11 @@ class LiveConnection:
             logger.warning("stream %s: its state was not saved: %s", self.session.key, error)
 
     async def _put(self, to_bytes: Callable[[], bytes], below: int) -> None:
-        session, began = self.session, self._clock()
-        try:
+        session = self.session
+        with self.report.saving() as safe:
             snapshot = Snapshot(below, await self._in_pool(to_bytes))
             await self._states.put(session.key, session.epoch, snapshot, session.received)
-        except Exception as error:
-            if not isinstance(error, StateLost):
-                self._metrics.not_saved()
-            raise
-        self.state_bytes = len(snapshot.state)
-        self._metrics.saved(self.state_bytes, self._clock() - began)
+            safe(len(snapshot.state))
         self._saved.append(below)
 
     async def _save_last(self) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FRESH_S: Final = 1.0  # figures so young are shown again: whoever asks often costs no more
+_FRESH_S: Final = 1.0  # a replica's own figures are collected again after so long, however often they are asked for
 _Figures: TypeAlias = dict[str, dict[tuple[str, ...], float]]  # by family, by label values
 _SHOWN_STATES: Final = [state for state in SessionState if LEGAL_MOVES[state]]
 
@@ -53,7 +53,7 @@ class MetricsDesk:
     ) -> None:
         self._server, self._states, self._board, self._clock = server, states, board, clock
         self._lock = asyncio.Lock()  # posts arrive in the order in which they were made
-        self._latest: tuple[float, dict[str, tuple[float, bytes]]] = (float("-inf"), {})
+        self._packed, self._packed_at = b"", float("-inf")
         self._number = 0
 
     async def page(self, accept: str = "", accept_encoding: str = "") -> Page:
@@ -77,20 +77,25 @@ class MetricsDesk:
 
     async def _exchange(self) -> dict[str, tuple[float, bytes]]:
         async with self._lock:
-            if time.monotonic() - self._latest[0] < _FRESH_S:
-                return self._latest[1]
-            telemetry = self._server.telemetry
-            telemetry.metrics.figures = figures(self._server, self._clock())
-            self._number = max(self._number + 1, time.time_ns())  # grows also if a replica comes back under its name
-            packed = await asyncio.to_thread(exposition.pack, telemetry.metrics.registry)
-            replicas = {telemetry.replica: (0.0, packed)}
+            replica = self._server.telemetry.replica
+            await self._collect()
             if self._board is not None:
+                # The board is read each time: what it showed a moment ago of another replica may be older than what
+                # that replica has shown itself since.
                 try:
-                    replicas = await self._board.exchange_metrics(telemetry.replica, self._number, packed)
+                    return await self._board.exchange_metrics(replica, self._number, self._packed)
                 except Exception as error:  # the holder restarts: one replica is better than none
                     logger.warning("the metrics of other replicas cannot be had: %s", error)
-            self._latest = time.monotonic(), replicas
-            return replicas
+            return {replica: (time.monotonic() - self._packed_at, self._packed)}
+
+    async def _collect(self) -> None:
+        if time.monotonic() - self._packed_at < _FRESH_S:
+            return
+        metrics = self._server.telemetry.metrics
+        metrics.figures = figures(self._server, self._clock())
+        self._packed_at = time.monotonic()
+        self._packed = await asyncio.to_thread(exposition.pack, metrics.registry)
+        self._number = max(self._number + 1, time.time_ns())  # grows also if a replica comes back under its name
 
 
 def _page(
@@ -139,7 +144,7 @@ def _session_figures(connection: LiveConnection, now: float) -> SessionFigures:
         "latency_seconds": session.latency_s,
         "waiting_frames": float(session.waiting),
         "age_seconds": now - session.opened,
-        "state_bytes": float(connection.state_bytes),
+        "state_bytes": float(connection.report.state_bytes),
         "hand_offs": float(session.hand_offs),
         "frames_received": float(session.totals.frames_in),
         "frames_answered": float(session.totals.frames_out),

@@ -274,6 +274,8 @@ class StreamMeter:
         self._latency = histograms["frame_latency_seconds"].labels(*labels)
         self._stages = [histograms["stage_seconds"].labels(stage, model) for stage in STAGES]
         self._levels: dict[int, Counter] = {}
+        # Looked up at once, so that they are there, as 0, before anything happens.
+        self._replayed, self._resets = (counters[name].labels(model) for name in ("frames_replayed", "resets"))
 
     def received(self, size_bytes: int) -> None:
         """Count a frame that came."""
@@ -282,7 +284,7 @@ class StreamMeter:
 
     def replayed(self) -> None:
         """Count a frame that was sent again and gets no answer."""
-        self._counters["frames_replayed"].labels(self._model).inc()
+        self._replayed.inc()
 
     def answered(
         self, header: FrameHeader, size_bytes: int, latency_s: float, send_s: float, trace_id: str | None = None
@@ -308,7 +310,7 @@ class StreamMeter:
             stage.observe(us * 1e-6)
         self._stages[-1].observe(send_s)
         if Flag.RESET in header.flags:
-            self._counters["resets"].labels(self._model).inc()
+            self._resets.inc()
 
     def ended(self, how: Literal["closed", "lost", "handed_over", "refused"]) -> None:
         """Count the end of the stream on this replica."""

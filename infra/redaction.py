@@ -1,8 +1,8 @@
 """Text without secrets: for logs, where a library's message may quote what it was given.
 
-Removed are API keys, JSON web tokens, credentials in headers and URLs, signatures in query strings, and values that are
-named like a secret. What is removed is replaced by ***. It is a last line of defence: whoever writes a message leaves
-secrets out.
+Removed are API keys, JSON web tokens, credentials in headers, all that `infra.urls` does not show of URLs, and values
+that are named like a secret. What is removed is replaced by ***. It is a last line of defence: whoever writes a message
+leaves secrets out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-HIDDEN: Final = "***"
+from infra.urls import HIDDEN, redact_text
+
 LONGEST: Final = 32 * 1024  # characters of a message; what is longer is cut before it is searched
 
 _NAMES: Final = (
@@ -36,14 +37,6 @@ _RULES: Final = tuple(
             r"\b(bearer|basic|digest|negotiate)\s+(?=[\w+/=.~-]{0,200}(?:[\d=+/]|(?-i:[a-z][A-Z])))[\w+/=.~-]{6,}",
             rf"\1 {HIDDEN}",
         ),
-        # User info in URLs (RFC 3986, section 3.2.1). A password may hold anything: up to the last @ of the word.
-        (r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s\"'<>]{0,400}@", rf"\1{HIDDEN}@"),
-        # What a query or a fragment says is named like a secret; SigV4, Google's, Azure's SAS, CloudFront's.
-        (
-            rf"([?&;#](?:x-amz-[\w-]{{1,40}}|x-goog-[\w-]{{1,40}}|awsaccesskeyid|googleaccessid|key-pair-id|policy"
-            rf"|key|code|{_NAMES})=)[^\s&;#\"'<>]*",
-            rf"\1{HIDDEN}",
-        ),
         # name=value, "name": "value", name: value.
         (rf"(\b{_NAMES}[\"']?\s*[:=]\s*)(?!\*\*\*)(?:\"[^\"]*\"|'[^']*'|[^\s,;&\"'}})\]]+)", rf"\1{HIDDEN}"),
         (r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b", HIDDEN),
@@ -55,6 +48,7 @@ def redact(text: str) -> str:
     """Return the text without what looks like a secret. Takes time in proportion to its length, at most `LONGEST`."""
     if len(text) > LONGEST:
         text = f"{text[:LONGEST]} ... ({len(text)} characters)"
+    text = redact_text(text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     return text

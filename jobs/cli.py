@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from jobs.options import (
     Source,
     Steps,
     Threads,
+    start_logs,
 )
 
 app = typer.Typer(
@@ -443,10 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `upriver` with `arguments` (default: the process's) and return the exit status; raises for no bad input."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if any(name.startswith("UPRIVER_LOG_") for name in os.environ):
-            from infra.structured_logs import start_logs_from_environment
-
-            start_logs_from_environment()
+        start_logs()
         return int(app(args=typed, prog_name="upriver", standalone_mode=False) or 0)
     except _ParserError as error:
         error.show()  # type: ignore[attr-defined]
