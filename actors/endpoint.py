@@ -20,6 +20,9 @@ from actors.live_server import LiveConfig, LiveServer
 from actors.state_holder import HeldStates, holder
 from infra.listening import origin_policy_for
 from infra.live_settings import LiveSettings, load_live_settings
+from infra.structured_logs import serve_logging, use_serve_handlers
+from infra.telemetry import Telemetry, TelemetryConfig
+from infra.tenants import Scope
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -55,7 +58,7 @@ class ModelList(BaseModel):
 def _build(told: dict[str, Any]) -> FastAPI:
     """Return a replica's web application; `told` are the settings."""
     from actors.live_app import make_app
-    from actors.service_routes import add_service_routes, jobs_settings, upload_settings
+    from actors.service_routes import add_service_routes, jobs_settings, tenant_with, upload_settings
 
     settings = LiveSettings(**told)
 
@@ -63,7 +66,11 @@ def _build(told: dict[str, Any]) -> FastAPI:
         made: Endpoint = serve.get_replica_context().servable_object  # type: ignore[assignment]
         return made
 
-    app = make_app(lambda: endpoint().server, origins=origin_policy_for(settings))
+    app = make_app(
+        lambda: endpoint().server,
+        origins=origin_policy_for(settings),
+        admit_scrape=tenant_with(lambda: endpoint().gate, Scope.ADMIN),
+    )
     add_service_routes(
         app,
         lambda: endpoint().server,
@@ -77,7 +84,7 @@ def _build(told: dict[str, Any]) -> FastAPI:
 class Endpoint:
     """One replica. Loads its models before it counts as ready."""
 
-    def __init__(self, settings: dict[str, Any], engine: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], engine: dict[str, Any], telemetry: dict[str, Any]) -> None:
         self._settings = LiveSettings(**settings)
         self._config = LiveConfig.from_settings(self._settings)
         self._engine_config = EngineConfig(**engine)
@@ -90,7 +97,17 @@ class Endpoint:
         self._replica = context.replica_tag
         self._holder: Any = actor
         self.gate = SettingsGate(self._settings)
-        self.server = LiveServer(self._config, {}, states=HeldStates(actor), gate=self.gate)
+        shown = TelemetryConfig(**telemetry)
+        use_serve_handlers(shown.logs, replica=self._replica)
+        held = HeldStates(actor)
+        self.server = LiveServer(
+            self._config,
+            {},
+            states=held,
+            gate=self.gate,
+            telemetry=Telemetry.start(shown, self._replica),
+            board=held,
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._started = False
 
@@ -102,6 +119,7 @@ class Endpoint:
             self._started = True
             self.server.start()
             self._tasks.append(loop.create_task(self._watch_for_drain()))
+            self._tasks.append(loop.create_task(self.server.desk.post_forever()))
         engines: dict[str, LiveEngine] = {}
         for name in wanted:
             engine = self.server.engines.get(name)
@@ -174,6 +192,7 @@ class ApplicationArguments(BaseModel):
 
     Attributes:
         live: settings of the service, see `infra.live_settings`; those of the environment and the file apply as well.
+        telemetry: how metrics, traces and logs look.
         replicas: each holds all models.
         num_gpus, num_cpus: what a replica reserves.
         drain_s: how long a replica that is stopped may take to hand its streams over.
@@ -182,6 +201,7 @@ class ApplicationArguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     live: dict[str, Any] = {}
     engine: EngineConfig = EngineConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     replicas: int = Field(default=1, ge=1, le=4096)
     num_gpus: float = Field(default=0.0, ge=0, le=64)
     num_cpus: float = Field(default=1.0, ge=0, le=4096)
@@ -210,6 +230,7 @@ def application(args: ApplicationArguments | dict[str, Any]) -> Application:
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
         user_config=ModelList(models=list(settings.models)).model_dump(),
+        logging_config=serve_logging(args.telemetry.logs),
     )
-    made: Application = deployment.bind(told, args.engine.model_dump())
+    made: Application = deployment.bind(told, args.engine.model_dump(), args.telemetry.model_dump())
     return made

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.websockets import WebSocketDisconnect, WebSocketState
@@ -120,12 +120,18 @@ class WebSocketChannel:
             await self.socket.close(code, reason[:_LONGEST_REASON])
 
 
-def make_app(get_server: Callable[[], LiveServer], *, origins: OriginPolicy | None = None) -> FastAPI:
+def make_app(
+    get_server: Callable[[], LiveServer],
+    *,
+    origins: OriginPolicy | None = None,
+    admit_scrape: Callable[[Request], Awaitable[object]] | None = None,
+) -> FastAPI:
     """Return the application.
 
     Args:
         get_server: returns the replica's server; asked at each request, because the application is made before it.
         origins: whose pages may use it; None: only its own.
+        admit_scrape: raises a refusal for those who may not see the metrics; None: everybody may.
     """
     app = FastAPI(
         title="Upriver",
@@ -174,6 +180,22 @@ def make_app(get_server: Callable[[], LiveServer], *, origins: OriginPolicy | No
                 ModelCard(name=engine.name, model_sha256=engine.model_sha256, default=number == 0, step_ms=step_ms)
             )
         return Models(models=cards)
+
+    @app.get(
+        "/metrics",
+        summary="Metrics of all replicas for Prometheus",
+        response_class=PlainTextResponse,
+        responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics(request: Request) -> Response:
+        if admit_scrape is not None:
+            await admit_scrape(request)
+        accept, encoding = (request.headers.get(name, "") for name in ("accept", "accept-encoding"))
+        page = await get_server().desk.page(accept, encoding)
+        headers = {"Content-Type": page.content_type, "Vary": "Accept, Accept-Encoding"}
+        if page.encoding:
+            headers["Content-Encoding"] = page.encoding
+        return Response(page.body, headers=headers)
 
     @app.websocket("/v1/streams")
     async def streams(socket: WebSocket) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, assert_never, c
 
 from actors.errors import describe_failure
 from actors.frame_codec import FrameDecoder, FrameEncoder, Undecodable, open_decoder, open_encoder
+from actors.live_report import StreamReport
 from actors.pictures import resize
 from actors.session import Answer, Incoming, Session, SessionState
 from actors.state_book import Snapshot, StateStore
@@ -33,6 +34,7 @@ from infra.refusals import (
     StateLost,
     Unauthorized,
 )
+from infra.telemetry import Telemetry
 from pipeline.frames import tensor_to_frame
 
 if TYPE_CHECKING:
@@ -105,6 +107,7 @@ class LiveConnection:
         max_message_bytes: int,
         state_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.session, self.engine = session, engine
         self._channel, self._stepper, self._states, self._codecs = channel, stepper, states, codecs
@@ -128,6 +131,7 @@ class LiveConnection:
         self._last_save = clock()
         self._moved = asyncio.Event()  # something was sent, or freed without an answer
         self._ended = asyncio.Event()
+        self.report = StreamReport(telemetry or Telemetry(), session, engine.name, channel.headers, clock)
         self._writer: asyncio.Task[None] | None = None
 
     async def run(self, welcome: str) -> None:
@@ -171,6 +175,7 @@ class LiveConnection:
     async def _end(self, error: BaseException | None) -> None:
         session = self.session
         if error is None:  # closed by the client, everything answered
+            self.report.ended("closed")
             session.move(SessionState.CLOSED)
             await self._forget()
             totals = session.totals
@@ -179,6 +184,7 @@ class LiveConnection:
         elif isinstance(error, _Drained):
             await self._hand_over()
         elif isinstance(error, _ClientGone):
+            self.report.ended("lost")
             await self._step_out()
             await self._save_last()
             session.move(SessionState.CLOSED)
@@ -187,6 +193,7 @@ class LiveConnection:
 
     async def _hand_over(self) -> None:
         session = self.session
+        self.report.ended("handed_over")
         session.move(SessionState.DRAINING)
         await self._step_out()
         with contextlib.suppress(TimeoutError):  # a client that does not read gets the rest elsewhere, or never
@@ -208,6 +215,7 @@ class LiveConnection:
         session.move(SessionState.FAILED)
         if not isinstance(error, StateLost):  # another replica goes on with it: not ours to close
             await self._forget()
+        self.report.ended("refused", error)
         logger.info("stream %s is refused: %s", session.key, error.code)
         await self._say_and_close(protocol.dump_refusal(error), error.close_code, error.code)
 
@@ -304,8 +312,10 @@ class LiveConnection:
     def _arrive(self, message: bytes) -> None:
         session = self.session
         header, payload = FrameHeader.unpack(message)
+        self.report.received(len(message))
         self._acknowledge(header.acknowledged, header.receipt)
         frame = session.arrive(header, self._clock())
+        self.report.arrived(frame)
         if frame.reason is not DropReason.NONE:
             self._answer(session.drop(frame, frame.reason))
             return
@@ -346,6 +356,8 @@ class LiveConnection:
 
     async def _decode(self, frame: Incoming, payload: memoryview) -> None:
         self._undecoded[frame.id] = frame
+        if frame.trace is not None:
+            frame.trace.stage("receive", self._clock())
         try:
             pictures = await self._in_pool(self._decoder.decode, payload, frame.id, Flag.KEY in frame.flags)
         except Undecodable as error:
@@ -362,10 +374,13 @@ class LiveConnection:
         if frame is None:
             return
         frame.rgb_HWC, frame.ready = rgb_HWC, self._clock()
+        if frame.trace is not None:
+            frame.trace.stage("decode", frame.ready)
         self._take_place(frame)
 
     def _take_place(self, frame: Incoming) -> None:
         if frame.decode_only:
+            self.report.replayed()
             self.session.release(frame)  # only the decoder needed it
             self._tell_granted()
             return
@@ -378,6 +393,7 @@ class LiveConnection:
         if self._save_due and self.session.in_step is None:
             self._save()
         if answer.frame.replayed:
+            self.report.replayed()
             self.session.release(answer.frame)
             self._tell_granted()
             self._moved.set()
@@ -397,7 +413,9 @@ class LiveConnection:
             header = self.session.header(item, now=now, encode_us=round(1e6 * (now - began)), key=key)
             self._told_granted, self._told_durable = header.granted, header.acknowledged
             item.output = None
-            await self._channel.send(header.pack(payload))
+            message = header.pack(payload)
+            await self._channel.send(message)
+            self.report.sent(item, header, len(message), began=began, encoded=now)
             self._unsent -= 1
             self._moved.set()
             if self.session.life is SessionState.WARMING:
@@ -487,8 +505,10 @@ class LiveConnection:
 
     async def _put(self, to_bytes: Callable[[], bytes], below: int) -> None:
         session = self.session
-        snapshot = Snapshot(below, await self._in_pool(to_bytes))
-        await self._states.put(session.key, session.epoch, snapshot, session.received)
+        with self.report.saving() as safe:
+            snapshot = Snapshot(below, await self._in_pool(to_bytes))
+            await self._states.put(session.key, session.epoch, snapshot, session.received)
+            safe(len(snapshot.state))
         self._saved.append(below)
 
     async def _save_last(self) -> None:

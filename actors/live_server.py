@@ -22,12 +22,15 @@ from actors.admission import Admission
 from actors.frame_codec import largest_message_bytes
 from actors.hardware import usable_cores
 from actors.live_connection import Channel, LiveConnection
+from actors.live_figures import Board, MetricsDesk
 from actors.session import Session, SessionKey, SessionLimits, SessionState, window_for
 from actors.state_book import LocalStates, Snapshot, StateStore, Takeover
 from actors.stepper import Stepper
 from infra import protocol
 from infra.protocol import HEADER_BYTES, HELLO_TIMEOUT_S, Hello, Welcome, output_size
 from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, Refusal, ServiceFailure, StateLost, TimedOut
+from infra.structured_logs import add_log_context
+from infra.telemetry import Telemetry
 from pipeline.state import StreamState
 
 if TYPE_CHECKING:
@@ -102,6 +105,7 @@ class LiveServer:
     Args:
         engines: loaded and warm, by name; the first one is the default.
         gate: who may come in; raises `Unauthorized` or another refusal.
+        telemetry: what it reports to. board: where its metrics meet those of other replicas.
     """
 
     def __init__(
@@ -112,15 +116,19 @@ class LiveServer:
         states: StateStore | None = None,
         gate: Gate = open_gate,
         clock: Callable[[], float] = time.monotonic,
+        telemetry: Telemetry | None = None,
+        board: Board | None = None,
     ) -> None:
         self.config = config
         self.engines = engines
-        self.stepper = Stepper(clock=clock)
+        self.telemetry = telemetry or Telemetry()
+        self.stepper = Stepper(clock=clock, telemetry=self.telemetry)
         self.connections: dict[SessionKey, LiveConnection] = {}
         self.refused: dict[str, int] = {}
         self.draining = False
         self._states = states or LocalStates()
         self._gate, self._clock = gate, clock
+        self.desk = MetricsDesk(self, self._states, board, clock=clock)
         self._admission = Admission(config.most_sessions, config.most_load)
         self._codecs = ThreadPoolExecutor(usable_cores(), thread_name_prefix="upriver-codec")
         self._hellos = 0
@@ -133,6 +141,8 @@ class LiveServer:
         """Hand every stream over, then end."""
         await self.drain()
         await self.stepper.stop()
+        if self.telemetry.tracer is not None:
+            await asyncio.to_thread(self.telemetry.tracer.close)
         self._codecs.shutdown(wait=False)
 
     async def drain(self) -> None:
@@ -160,6 +170,7 @@ class LiveServer:
             await self._refuse(channel, ServiceFailure("The stream could not be opened.", remedy="Try again."))
             return
         key = connection.session.key
+        add_log_context(tenant=key.tenant, session=key.session)
         try:
             await connection.run(protocol.dump(welcome))
         finally:
@@ -248,7 +259,10 @@ class LiveServer:
             max_message_bytes=min(limit, channel.message_limit),
             state_interval_s=config.state_interval_s,
             clock=self._clock,
+            telemetry=self.telemetry,
         )
+        if takeover is not None:
+            self.telemetry.metrics.handed_off("resumed")
         self.connections[key] = connection
         session.move(SessionState.WARMING)
         width, height = output_size(hello, hello.width, hello.height)
@@ -333,6 +347,9 @@ class LiveServer:
 
     async def _refuse(self, channel: Channel, refusal: Refusal) -> None:
         self.refused[refusal.code] = self.refused.get(refusal.code, 0) + 1
+        self.telemetry.metrics.refused(type(refusal).__name__, refusal.code)
+        if isinstance(refusal, StateLost):
+            self.telemetry.metrics.handed_off("lost")
         try:
             await channel.send(protocol.dump_refusal(refusal))
             await channel.close(refusal.close_code, refusal.code)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from infra.tracing import FrameTrace
     from pipeline.state import StreamState
 
 SMALLEST_WINDOW: Final = 2
@@ -85,6 +86,7 @@ class Incoming:
         decode_only: it is sent again, and only the decoder needs it.
         level: of a replayed frame, that of its answer.
         arrived, ready: when it came, and when it had been decoded.
+        trace: notes its way, of one frame in many.
     """
 
     id: int
@@ -97,6 +99,7 @@ class Incoming:
     replayed: bool = False
     decode_only: bool = False
     level: int = 0
+    trace: FrameTrace | None = None
 
 
 @dataclass(slots=True, eq=False)

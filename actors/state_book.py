@@ -57,6 +57,8 @@ class StateStore(Protocol):
 
     async def close(self, key: SessionKey, epoch: int) -> None: ...
 
+    async def figures(self) -> dict[str, int]: ...
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -92,6 +94,10 @@ class StateBook:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def figures(self) -> dict[str, int]:
+        """Return how many streams there are, their bytes, and how many bytes there may be."""
+        return {"streams": len(self), "bytes": self.size_bytes, "limit_bytes": self._most_bytes}
 
     def open(self, key: SessionKey, about: dict[str, Any], snapshot: Snapshot) -> str:
         """Enter a new stream with its first snapshot; returns the token that proves who may resume it.
@@ -204,3 +210,7 @@ class LocalStates:
     async def close(self, key: SessionKey, epoch: int) -> None:
         """As `StateBook.close`."""
         self.book.close(key, epoch)
+
+    async def figures(self) -> dict[str, int]:
+        """As `StateBook.figures`."""
+        return self.book.figures()

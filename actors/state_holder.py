@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 
 from actors.session import SessionKey
 from actors.state_book import Snapshot, StateBook, Takeover
+from infra.exposition import ScrapeBoard
 from infra.refusals import Refusal, ServiceFailure
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class StateHolder:
     def __init__(self, application: str, kept_s: float, most_bytes: int) -> None:
         self._application = application
         self._book = StateBook(kept_s=kept_s, most_bytes=most_bytes)
+        self._scrapes = ScrapeBoard()
         self._watched: dict[str, asyncio.Event] = {}
         self._poll: asyncio.Task[None] | None = None
 
@@ -55,8 +57,13 @@ class StateHolder:
         self._book.close(key, epoch)
 
     async def figures(self) -> dict[str, int]:
-        """Return how many streams there are, and their bytes."""
-        return {"streams": len(self._book), "bytes": self._book.size_bytes}
+        """As `StateBook.figures`."""
+        return self._book.figures()
+
+    async def exchange_metrics(self, replica: str, number: int, packed: bytes) -> dict[str, tuple[float, bytes]]:
+        """As `actors.live_figures.Board`."""
+        self._scrapes.post(replica, number, packed)
+        return self._scrapes.read()
 
     async def told_to_go(self, replica: str, patience_s: float) -> bool:
         """Wait until a replica has to hand its streams over: it is being stopped, and another one can take them.
@@ -126,7 +133,7 @@ def holder(application: str, *, kept_s: float, most_bytes: int) -> ActorHandle[S
 
 
 class HeldStates:
-    """The holder as a replica uses it: `actors.state_book.StateStore`."""
+    """The holder as a replica uses it: `actors.state_book.StateStore`, and `actors.live_figures.Board`."""
 
     def __init__(self, actor: ActorHandle[StateHolder]) -> None:
         self._actor: Any = actor
@@ -148,6 +155,16 @@ class HeldStates:
     async def close(self, key: SessionKey, epoch: int) -> None:
         """As `StateBook.close`."""
         await self._call("close", key, epoch)
+
+    async def figures(self) -> dict[str, int]:
+        """As `StateBook.figures`."""
+        figures: dict[str, int] = await self._call("figures")
+        return figures
+
+    async def exchange_metrics(self, replica: str, number: int, packed: bytes) -> dict[str, tuple[float, bytes]]:
+        """As `actors.live_figures.Board`."""
+        replicas: dict[str, tuple[float, bytes]] = await self._call("exchange_metrics", replica, number, packed)
+        return replicas
 
     async def _call(self, name: str, *arguments: object) -> Any:
         try:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from actors.live_engine import LiveEngine, StepRequest
 from actors.session import Answer, Incoming, Session
 from infra.protocol import NO_FLAGS, Flag
+from infra.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class Stepper:
         clock: seconds, as in the frames' `arrived`.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, telemetry: Telemetry | None = None) -> None:
+        self._telemetry = telemetry or Telemetry()
         self.seats: dict[str, Seat] = {}
         self.busy_s = 0.0
         self._clock = clock
@@ -135,6 +137,7 @@ class Stepper:
     async def _step(self, engine: LiveEngine, batch: list[_Taken]) -> None:
         requests = [taken.request for taken in batch]
         loop = asyncio.get_running_loop()
+        began = self._clock()
         try:
             seconds = await loop.run_in_executor(self._thread, engine.step, requests)
         except Exception as error:  # a defect: these streams end, and the others go on
@@ -143,8 +146,21 @@ class Stepper:
                 taken.session_failed(error)
             return
         self.busy_s += seconds
+        self._telemetry.metrics.batch(engine.name, len(batch), seconds)
+        self._trace(engine, batch, began)
         for taken in batch:
             self._finish(taken, seconds)
+
+    def _trace(self, engine: LiveEngine, batch: list[_Taken], began: float) -> None:
+        tracer, traces = self._telemetry.tracer, [taken.frame.trace for taken in batch if taken.frame.trace is not None]
+        if tracer is None or not traces:
+            return
+        ended = self._clock()
+        span = tracer.batch(began, ended, engine.name, len(batch), clock=self._clock)
+        for trace in traces:
+            trace.batch = span
+            trace.stage("wait", began)
+            trace.stage("step", ended)
 
     def _finish(self, taken: _Taken, seconds: float) -> None:
         session, frame, request = taken.seat.session, taken.frame, taken.request

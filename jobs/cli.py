@@ -33,6 +33,7 @@ from jobs.options import (
     Source,
     Steps,
     Threads,
+    start_logs,
 )
 
 app = typer.Typer(
@@ -443,6 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `upriver` with `arguments` (default: the process's) and return the exit status; raises for no bad input."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        start_logs()
         return int(app(args=typed, prog_name="upriver", standalone_mode=False) or 0)
     except _ParserError as error:
         error.show()  # type: ignore[attr-defined]

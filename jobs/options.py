@@ -5,6 +5,7 @@ Defaults are those of `infra.settings`; a flag that is not given is None here.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -84,3 +85,15 @@ Height = Annotated[
     int | None,
     typer.Option(help="Output height in pixels instead of --scale.", show_default=False),
 ]
+
+
+def start_logs() -> None:
+    """Log as `UPRIVER_LOG_FORMAT` and `UPRIVER_LOG_LEVEL` say, if they are set.
+
+    Raises:
+        SettingsError: they say something else than they can.
+    """
+    if any(name.startswith("UPRIVER_LOG_") for name in os.environ):
+        from infra.structured_logs import start_logs_from_environment
+
+        start_logs_from_environment()

@@ -41,9 +41,9 @@ class LiveService:
 
 @contextmanager
 def live_service(
-    config: LiveConfig | None = None, *models: str, engine: Any = None, **options: Any
+    config: LiveConfig | None = None, *models: str, engine: Any = None, admit_scrape: Any = None, **options: Any
 ) -> Iterator[LiveService]:
-    """Run a service; `options` as for `LiveServer`."""
+    """Run a service; `options` as for `LiveServer`, `admit_scrape` as for `make_app`."""
     engines = (
         {engine.name: engine} if engine is not None else {n: open_live_engine(n) for n in models or ("stand-in:0",)}
     )
@@ -58,7 +58,9 @@ def live_service(
         server.start()
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
-        web = uvicorn.Server(uvicorn.Config(make_app(lambda: server), log_level="warning", lifespan="off"))
+        web = uvicorn.Server(
+            uvicorn.Config(make_app(lambda: server, admit_scrape=admit_scrape), log_level="warning", lifespan="off")
+        )
         told.update(server=server, port=listener.getsockname()[1], loop=asyncio.get_running_loop(), web=web)
         task = asyncio.create_task(web.serve(sockets=[listener]))
         while not web.started:
