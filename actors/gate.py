@@ -14,7 +14,7 @@ from infra.listening import authenticator_for, origin_policy_for
 from infra.tenants import Accounts, Scope, Tenant, require
 
 if TYPE_CHECKING:
-    from actors.live_connection import Channel
+    from actors.live_channel import Channel
     from infra.live_settings import LiveSettings
     from infra.protocol import Credentials, Hello
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, assert_never, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, assert_never, cast
 
 from actors.errors import describe_failure
 from actors.frame_codec import FrameDecoder, FrameEncoder, Undecodable, open_decoder, open_encoder
+from actors.live_channel import Channel
 from actors.live_report import StreamReport
 from actors.pictures import resize
 from actors.session import Answer, Incoming, Session, SessionState
-from actors.state_book import Snapshot, StateStore
+from actors.state_book import StateStore
+from actors.state_saver import StateSaver
 from actors.stepper import Seat, Stepper
 from infra import protocol
 from infra.protocol import DropReason, Flag, FrameHeader, Lossless
@@ -50,30 +50,6 @@ _FLUSH_S: Final = 5.0
 _CREDENTIALS_S: Final = 2.0
 _FIRST: Final = asyncio.FIRST_COMPLETED
 _T = TypeVar("_T")
-
-
-class Channel(Protocol):
-    """A transport's end of one stream.
-
-    Attributes:
-        message_limit: bytes of the largest message that the transport carries.
-        headers: that came with the connection, names in lower case. peer: address of the other end.
-        is_web: browsers can open it, from any page.
-    """
-
-    message_limit: int
-    is_web: bool
-    headers: Mapping[str, str]
-    peer: str | None
-
-    async def receive(self) -> str | bytes | None:
-        """Return the next message; None when the client has gone."""
-
-    async def send(self, message: str | bytes) -> None:
-        """Send a message; to a client that has gone, nothing."""
-
-    async def close(self, code: int, reason: str) -> None:
-        """Close the stream; once."""
 
 
 class _ClientGone(Exception):
@@ -112,7 +88,7 @@ class LiveConnection:
         self.session, self.engine = session, engine
         self._channel, self._stepper, self._states, self._codecs = channel, stepper, states, codecs
         self._charge, self._may_stay, self._clock = charge, may_stay, clock
-        self._max_message_bytes, self._state_interval_s = max_message_bytes, state_interval_s
+        self._max_message_bytes = max_message_bytes
         hello = session.hello
         self._decoder: FrameDecoder = open_decoder(
             hello.codec_in, hello.width, hello.height, max_pixels=hello.width * hello.height
@@ -125,13 +101,12 @@ class LiveConnection:
         self._unsent = 0  # answers in the outbox or at the encoder
         self._told_granted = session.granted
         self._told_durable = session.durable_below
-        self._saved: deque[int] = deque()
-        self._save_due = False
-        self._saving: asyncio.Task[None] | None = None
-        self._last_save = clock()
         self._moved = asyncio.Event()  # something was sent, or freed without an answer
         self._ended = asyncio.Event()
         self.report = StreamReport(telemetry or Telemetry(), session, engine.name, channel.headers, clock)
+        self._saver = StateSaver(
+            session, states, codecs, self.report, self._fail, interval_s=state_interval_s, now=clock()
+        )
         self._writer: asyncio.Task[None] | None = None
 
     async def run(self, welcome: str) -> None:
@@ -186,7 +161,7 @@ class LiveConnection:
         elif isinstance(error, _ClientGone):
             self.report.ended("lost")
             await self._step_out()
-            await self._save_last()
+            await self._saver.save_last()
             session.move(SessionState.CLOSED)
         else:
             await self._refuse(error)
@@ -199,7 +174,7 @@ class LiveConnection:
         with contextlib.suppress(TimeoutError):  # a client that does not read gets the rest elsewhere, or never
             async with asyncio.timeout(_FLUSH_S):
                 await self._flush()
-        await self._save_last()
+        await self._saver.save_last()
         drain = protocol.Drain(session=session.key.session, resume_at=session.stepped_below)
         await self._say_and_close(protocol.dump(drain), SERVICE_RESTART, "drain")
         session.move(SessionState.CLOSED)
@@ -248,9 +223,7 @@ class LiveConnection:
             moved.cancel()
 
     async def _release(self) -> None:
-        if self._saving is not None:
-            self._saving.cancel()
-            await asyncio.gather(self._saving, return_exceptions=True)
+        await self._saver.stop()
         for codec in (self._decoder, self._encoder):
             try:
                 await self._in_pool(codec.close)
@@ -390,8 +363,7 @@ class LiveConnection:
     # Messages out
 
     def _answer(self, answer: Answer) -> None:
-        if self._save_due and self.session.in_step is None:
-            self._save()
+        self._saver.between_steps(self._clock())
         if answer.frame.replayed:
             self.report.replayed()
             self.session.release(answer.frame)
@@ -439,12 +411,8 @@ class LiveConnection:
     def _acknowledge(self, below: int, receipt: int) -> None:
         session = self.session
         session.acknowledge(below, receipt, self._clock())
-        self._count_durable()
+        self._saver.count_durable()
         self._tell_granted()
-
-    def _count_durable(self) -> None:
-        while self._saved and self._saved[0] <= self.session.received:
-            self.session.durable_below = self._saved.popleft()
 
     def _tell_granted(self) -> None:
         """Tell of new credit by a message of its own if no answer will do it soon."""
@@ -467,15 +435,11 @@ class LiveConnection:
                 await self._require_credentials()
             session.check_times(now)
             self._tell_granted()
-            self._count_durable()
+            self._saver.count_durable()
             if session.durable_below > self._told_durable:
                 self._told_durable = session.durable_below
                 await self._outbox.put(protocol.dump(protocol.Durable(below=session.durable_below)))
-            news = session.stepped_below > max(self._saved[-1] if self._saved else 0, session.durable_below)
-            if news and now - self._last_save >= self._state_interval_s and self._saving is None:
-                self._save_due = True
-                if session.in_step is None:
-                    self._save()
+            self._saver.look(now)
 
     async def _require_credentials(self) -> None:
         if not await asyncio.to_thread(self._may_stay):
@@ -484,41 +448,6 @@ class LiveConnection:
                 code="credentials-ended",
                 remedy="Open another stream with a valid key or token.",
             )
-
-    def _save(self) -> None:
-        """Save the state as it is now, between two steps; off the way of the frames."""
-        self._save_due = False
-        self._last_save = self._clock()
-        # A step replaces the tensors and leaves the old ones as they are: a thread may write them later.
-        state, below = dataclasses.replace(self.session.stream), self.session.stepped_below
-        self._saving = asyncio.create_task(self._put(state.to_bytes, below))
-        self._saving.add_done_callback(self._saved_state)
-
-    def _saved_state(self, task: asyncio.Task[None]) -> None:
-        self._saving = None
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        if isinstance(error, StateLost):
-            self._fail(error)  # another replica has the stream
-        else:
-            logger.warning("stream %s: its state was not saved: %s", self.session.key, error)
-
-    async def _put(self, to_bytes: Callable[[], bytes], below: int) -> None:
-        session = self.session
-        with self.report.saving() as safe:
-            snapshot = Snapshot(below, await self._in_pool(to_bytes))
-            await self._states.put(session.key, session.epoch, snapshot, session.received)
-            safe(len(snapshot.state))
-        self._saved.append(below)
-
-    async def _save_last(self) -> None:
-        """Save the state after the last frame; a failure only means that the client has to send more again."""
-        if self._saving is not None:
-            await asyncio.gather(self._saving, return_exceptions=True)
-        try:
-            await self._put(dataclasses.replace(self.session.stream).to_bytes, self.session.stepped_below)
-        except Exception as error:
-            logger.warning("stream %s: its last state was not saved: %s", self.session.key, error)
 
     async def _in_pool(self, work: Callable[..., _T], *arguments: object) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._codecs, work, *arguments)

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from actors.admission import Admission
 from actors.frame_codec import largest_message_bytes
 from actors.hardware import usable_cores
-from actors.live_connection import Channel, LiveConnection
+from actors.live_channel import Channel
+from actors.live_connection import LiveConnection
 from actors.live_figures import Board, MetricsDesk
 from actors.session import Session, SessionKey, SessionLimits, SessionState, window_for
 from actors.state_book import LocalStates, Snapshot, StateStore, Takeover

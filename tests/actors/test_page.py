@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from actors.live_app import PAGE
-from actors.live_connection import Channel
+from actors.live_channel import Channel
 from actors.live_server import Guest, LiveConfig, open_gate
 from infra import protocol
 from infra.protocol import FrameHeader
