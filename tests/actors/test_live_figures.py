@@ -212,7 +212,7 @@ def test_the_scraper_chooses_format_and_compression() -> None:
 def test_metrics_can_be_for_some_only() -> None:
     async def admit(request: Any) -> None:
         if request.headers.get("authorization") != "Bearer good":
-            raise Unauthorized("No credentials.", remedy="Bring some with the scope metrics.")
+            raise Unauthorized("No credentials.", remedy="Bring some with the scope admin.")
 
     with live_service(admit_scrape=admit) as service:
         with pytest.raises(urllib.error.HTTPError) as caught:
