@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,16 +99,21 @@ def measure_latency(args: argparse.Namespace) -> dict[str, Any]:
     return shown
 
 
+FLOOD = Hello(width=320, height=180, codec_in="raw", codec_out="jpeg")
+
+
 def measure_flood(args: argparse.Namespace) -> dict[str, Any]:
-    """Memory of the service while a client sends without regard to its credit, and the reason it is given."""
+    """Memory of the service while a client sends without regard to its credit, above what an honest one moved."""
     shown: dict[str, Any] = {}
     with service(["stand-in:40"]) as url:
-        for round_ in range(2):  # the first one also loads code
-            before = resident_mb()
-            refusal, sent = asyncio.run(_flood(url, args.seconds))
-            after = resident_mb()
-            peak = {name: round(after[name] - before.get(name, 0.0), 1) for name in after}
-            shown[f"round {round_ + 1}"] = {"refusal": refusal, "sent_mb": round(sent / 1e6, 1), "moved_mb": peak}
+        frames = [encode_picture(one, "raw", 90) for one in pictures(320, 180, 100)]
+        asyncio.run(_all_at_once(url, FLOOD, frames))
+        for number in range(3):
+            before, peak = resident_mb(), Peak()
+            with peak:
+                refusal, sent = asyncio.run(_flood(url, args.seconds))
+            moved = {name: round(peak.mb[name] - before.get(name, 0.0), 1) for name in peak.mb}
+            shown[f"round {number + 1}"] = {"refusal": refusal, "sent_mb": round(sent / 1e6, 1), "moved_mb": moved}
     return shown
 
 
@@ -114,11 +121,10 @@ async def _flood(url: str, seconds: float) -> tuple[str, int]:
     from websockets.asyncio.client import connect
     from websockets.exceptions import ConnectionClosed
 
-    hello = Hello(width=640, height=360, codec_in="raw", codec_out="jpeg")
-    payload = bytes(640 * 360 * 3)
-    sent, reason = 0, "none"
+    payload = bytes(FLOOD.width * FLOOD.height * 3)
+    sent = 0
     async with connect(url + "/v1/streams", max_size=None, compression=None) as socket:
-        await socket.send(dump(hello))
+        await socket.send(dump(FLOOD))
         await socket.recv()
         over = time.monotonic() + seconds
 
@@ -132,17 +138,52 @@ async def _flood(url: str, seconds: float) -> tuple[str, int]:
                 return f"closed {closed.rcvd.code if closed.rcvd else None}"
 
         listening = asyncio.create_task(listen())
-        try:
-            number = 0
-            while time.monotonic() < over and not listening.done():
+        number = 0
+        with contextlib.suppress(ConnectionClosed):
+            while time.monotonic() < over:  # it goes on sending after it was told
                 message = FrameHeader(number).pack(payload)
                 await socket.send(message)
                 sent += len(message)
                 number += 1
-        except ConnectionClosed:
+        return await listening, sent
+
+
+async def _all_at_once(url: str, hello: Hello, frames: list[bytes]) -> None:
+    async with LiveStream(url, hello) as stream:
+
+        async def send() -> None:
+            for frame in frames:
+                await stream.send(frame)
+            await stream.close()
+
+        sending = asyncio.create_task(send())
+        async for _ in stream:
             pass
-        reason = await listening
-    return reason, sent
+        await sending
+
+
+class Peak:
+    """The most memory that the service's processes have meanwhile, in MB by kind; a context manager."""
+
+    def __init__(self) -> None:
+        self.mb: dict[str, float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        over = False
+        while not over:
+            over = self._over.wait(0.02)
+            for kind, mb in resident_mb().items():
+                self.mb[kind] = max(self.mb.get(kind, 0.0), mb)
 
 
 def resident_mb() -> dict[str, float]:
@@ -173,20 +214,7 @@ async def _streams(url: str, count: int, frames: int) -> None:
     hello = Hello(width=160, height=120)
     encoded = [encode_picture(one, "jpeg", 90) for one in pictures(160, 120, frames)]
 
-    async def one() -> None:
-        async with LiveStream(url, hello) as stream:
-
-            async def send() -> None:
-                for frame in encoded:
-                    await stream.send(frame)
-                await stream.close()
-
-            sending = asyncio.create_task(send())
-            async for _ in stream:
-                pass
-            await sending
-
-    await asyncio.gather(*(one() for _ in range(count)))
+    await asyncio.gather(*(_all_at_once(url, hello, encoded) for _ in range(count)))
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
