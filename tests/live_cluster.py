@@ -69,6 +69,7 @@ def live_cluster(*, haproxy: bool = False) -> Iterator[LiveCluster]:
         "PYTHONPATH": str(ROOT),
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy else "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 by default: for load balancers that are not here
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.live_cluster", str(port), str(grpc_port)],

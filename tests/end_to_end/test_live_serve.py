@@ -36,9 +36,10 @@ def require_whole(answers: list[LiveAnswer], *, indexes: bool = True) -> None:
         assert [answer.header.index for answer in answers] == list(range(len(answers)))
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LiveCluster]:
-    with live_cluster() as running:
+@pytest.fixture(scope="module", params=["haproxy", pytest.param("python", marks=pytest.mark.slow)])
+def cluster(request: pytest.FixtureRequest) -> Iterator[LiveCluster]:
+    """Both ingresses of Serve; HAProxy is what `upriver serve` uses."""
+    with live_cluster(haproxy=request.param == "haproxy") as running:
         yield running
 
 
