@@ -2,7 +2,7 @@
 
     python -m benchmarks.live latency --ingress haproxy     # one stream, frame by frame; a stand-in that takes no time
     python -m benchmarks.live latency --ingress python
-    python -m benchmarks.live flood --ingress haproxy       # a client that ignores its credit
+    python -m benchmarks.live flood --ingress haproxy       # a client that ignores its credit; also with --grpc
     python -m benchmarks.live streams --model tiny          # 1, 4 and 8 streams, in batches and one by one
 
 The client runs on the same machine and takes part of its cores. Latency is from the sending of a frame to its answer.
@@ -29,10 +29,13 @@ import psutil
 
 from infra.client import LiveStream
 from infra.live_answer import encode_picture
+from infra.live_grpc import SERVICER_FUNCTION
+from infra.live_wire import transport_for
 from infra.protocol import FrameHeader, Hello, dump
 
 CLIP = Path(__file__).parents[1] / "tests" / "data" / "walk_lr.mp4"
 PORT = 8231
+GRPC_PORT = 9231
 
 
 @contextmanager
@@ -44,7 +47,10 @@ def service(models: list[str], *, largest_batch: int = 8, replicas: int = 1) -> 
     from actors.endpoint import ApplicationArguments, EngineConfig, application
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": PORT},
+        grpc_options={"port": GRPC_PORT, "grpc_servicer_functions": [SERVICER_FUNCTION]},
+    )
     engine = EngineConfig(largest_batch=largest_batch)
     live = {"models": models, "window": 16}
     arguments = ApplicationArguments(live=live, engine=engine, replicas=replicas, num_cpus=0.5, drain_s=5.0)
@@ -111,41 +117,37 @@ def measure_flood(args: argparse.Namespace) -> dict[str, Any]:
         for number in range(3):
             before, peak = resident_mb(), Peak()
             with peak:
-                refusal, sent = asyncio.run(_flood(url, args.seconds))
+                refusal, sent = asyncio.run(_flood(f"grpc://127.0.0.1:{GRPC_PORT}" if args.grpc else url, args.seconds))
             moved = {name: round(peak.mb[name] - before.get(name, 0.0), 1) for name in peak.mb}
             shown[f"round {number + 1}"] = {"refusal": refusal, "sent_mb": round(sent / 1e6, 1), "moved_mb": moved}
     return shown
 
 
 async def _flood(url: str, seconds: float) -> tuple[str, int]:
-    from websockets.asyncio.client import connect
-    from websockets.exceptions import ConnectionClosed
-
     payload = bytes(FLOOD.width * FLOOD.height * 3)
     sent = 0
-    async with connect(url + "/v1/streams", max_size=None, compression=None) as socket:
-        await socket.send(dump(FLOOD))
-        await socket.recv()
-        over = time.monotonic() + seconds
+    wire = await transport_for(url)(url)
+    await wire.send(dump(FLOOD))
+    await wire.receive()
+    over = time.monotonic() + seconds
 
-        async def listen() -> str:
-            try:
-                while True:
-                    message = await socket.recv()
-                    if isinstance(message, str) and json.loads(message)["type"] == "refused":
-                        return str(json.loads(message)["code"])
-            except ConnectionClosed as closed:
-                return f"closed {closed.rcvd.code if closed.rcvd else None}"
+    async def listen() -> str:
+        while (message := await wire.receive()) is not None:
+            if isinstance(message, str) and json.loads(message)["type"] == "refused":
+                return str(json.loads(message)["code"])
+        return "closed without a word"
 
-        listening = asyncio.create_task(listen())
-        number = 0
-        with contextlib.suppress(ConnectionClosed):
-            while time.monotonic() < over:  # it goes on sending after it was told
-                message = FrameHeader(number).pack(payload)
-                await socket.send(message)
-                sent += len(message)
-                number += 1
-        return await listening, sent
+    listening = asyncio.create_task(listen())
+    number = 0
+    with contextlib.suppress(OSError):
+        while time.monotonic() < over:  # it goes on sending after it was told
+            message = FrameHeader(number).pack(payload)
+            await wire.send(message)
+            sent += len(message)
+            number += 1
+    reason = await listening
+    await wire.close()
+    return reason, sent
 
 
 async def _all_at_once(url: str, hello: Hello, frames: list[bytes]) -> None:
@@ -230,6 +232,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=120)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--grpc", action="store_true", help="flood by gRPC instead of a WebSocket")
     parser.add_argument("--no-cuts", action="store_true", help="do not look for cuts")
     args = parser.parse_args()
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if args.ingress == "haproxy" else "0"
