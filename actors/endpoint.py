@@ -21,7 +21,7 @@ from actors.state_holder import HeldStates, holder
 from infra.listening import origin_policy_for
 from infra.live_settings import LiveSettings, load_live_settings
 from infra.structured_logs import serve_logging, use_serve_handlers
-from infra.telemetry import Telemetry, TelemetryConfig
+from infra.telemetry import Telemetry
 from infra.tenants import Scope
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _build(told: dict[str, Any]) -> FastAPI:
 class Endpoint:
     """One replica. Loads its models before it counts as ready."""
 
-    def __init__(self, settings: dict[str, Any], engine: dict[str, Any], telemetry: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], engine: dict[str, Any]) -> None:
         self._settings = LiveSettings(**settings)
         self._config = LiveConfig.from_settings(self._settings)
         self._engine_config = EngineConfig(**engine)
@@ -97,7 +97,7 @@ class Endpoint:
         self._replica = context.replica_tag
         self._holder: Any = actor
         self.gate = SettingsGate(self._settings)
-        shown = TelemetryConfig(**telemetry)
+        shown = self._settings.telemetry
         use_serve_handlers(shown.logs, replica=self._replica)
         held = HeldStates(actor)
         self.server = LiveServer(
@@ -192,7 +192,6 @@ class ApplicationArguments(BaseModel):
 
     Attributes:
         live: settings of the service, see `infra.live_settings`; those of the environment and the file apply as well.
-        telemetry: how metrics, traces and logs look.
         replicas: each holds all models.
         num_gpus, num_cpus: what a replica reserves.
         drain_s: how long a replica that is stopped may take to hand its streams over.
@@ -201,7 +200,6 @@ class ApplicationArguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     live: dict[str, Any] = {}
     engine: EngineConfig = EngineConfig()
-    telemetry: TelemetryConfig = TelemetryConfig()
     replicas: int = Field(default=1, ge=1, le=4096)
     num_gpus: float = Field(default=0.0, ge=0, le=64)
     num_cpus: float = Field(default=1.0, ge=0, le=4096)
@@ -230,7 +228,7 @@ def application(args: ApplicationArguments | dict[str, Any]) -> Application:
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
         user_config=ModelList(models=list(settings.models)).model_dump(),
-        logging_config=serve_logging(args.telemetry.logs),
+        logging_config=serve_logging(settings.telemetry.logs),
     )
-    made: Application = deployment.bind(told, args.engine.model_dump(), args.telemetry.model_dump())
+    made: Application = deployment.bind(told, args.engine.model_dump())
     return made

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from actors.live_server import Guest
@@ -53,7 +54,7 @@ class SettingsGate:
         lease = self.accounts.open_session(tenant)
         return Guest(
             tenant.name,
-            charge=lambda pixels, now: self.accounts.charge_pixels(tenant, pixels, now),
+            charges=(partial(self.accounts.charge_bytes, tenant), partial(self.accounts.charge_pixels, tenant)),
             leave=lease.close,
             may_stay=lambda: self.authenticator.still_admits(tenant),
         )

@@ -50,6 +50,7 @@ _FLUSH_S: Final = 5.0
 _CREDENTIALS_S: Final = 2.0
 _FIRST: Final = asyncio.FIRST_COMPLETED
 _T = TypeVar("_T")
+Charge = Callable[[int, float], float]
 
 
 class _ClientGone(Exception):
@@ -64,7 +65,8 @@ class LiveConnection:
     """See the module; `run` is the whole life of a stream on this replica.
 
     Args:
-        charge: takes the pixels of a frame that came, returns after how many seconds to try again; 0: charged.
+        charges: take the bytes and the pixels of a frame that came, return after how many seconds to try again; 0:
+            charged.
         may_stay: whether the credentials still hold; may block.
         state_interval_s: between two snapshots of the state.
     """
@@ -78,7 +80,7 @@ class LiveConnection:
         stepper: Stepper,
         states: StateStore,
         codecs: Executor,
-        charge: Callable[[int, float], float],
+        charges: tuple[Charge, Charge],
         may_stay: Callable[[], bool],
         max_message_bytes: int,
         state_interval_s: float,
@@ -87,7 +89,7 @@ class LiveConnection:
     ) -> None:
         self.session, self.engine = session, engine
         self._channel, self._stepper, self._states, self._codecs = channel, stepper, states, codecs
-        self._charge, self._may_stay, self._clock = charge, may_stay, clock
+        self._charges, self._may_stay, self._clock = charges, may_stay, clock
         self._max_message_bytes = max_message_bytes
         hello = session.hello
         self._decoder: FrameDecoder = open_decoder(
@@ -305,19 +307,22 @@ class LiveConnection:
                 return
             else:
                 frame, payload = item
-                await self._charge_for(frame)
+                await self._charge_for(frame, len(payload))
                 if frame.reason is DropReason.NONE or self.session.hello.codec_in == "h264":
                     await self._decode(frame, payload)
                 else:
                     self._take_place(frame)
 
-    async def _charge_for(self, frame: Incoming) -> None:
+    async def _charge_for(self, frame: Incoming, size_bytes: int) -> None:
         hello = self.session.hello
-        while not frame.replayed and (early_s := self._charge(hello.width * hello.height, self._clock())) > 0:
-            if not isinstance(hello.policy, Lossless):
-                frame.reason = DropReason.RATE
-                return
-            await asyncio.sleep(early_s)
+        if frame.replayed:
+            return
+        for charge, amount in zip(self._charges, (size_bytes, hello.width * hello.height), strict=True):
+            while (early_s := charge(amount, self._clock())) > 0:
+                if not isinstance(hello.policy, Lossless):
+                    frame.reason = DropReason.RATE
+                    return
+                await asyncio.sleep(early_s)
 
     async def _finish_all(self) -> None:
         for decoded in await self._in_pool(self._decoder.flush):

@@ -22,13 +22,21 @@ from actors.admission import Admission
 from actors.frame_codec import largest_message_bytes
 from actors.hardware import usable_cores
 from actors.live_channel import Channel
-from actors.live_connection import LiveConnection
+from actors.live_connection import Charge, LiveConnection
 from actors.live_figures import Board, MetricsDesk
 from actors.session import Session, SessionKey, SessionLimits, SessionState, window_for
 from actors.state_book import LocalStates, Snapshot, StateStore, Takeover
 from actors.stepper import Stepper
 from infra import protocol
-from infra.protocol import HEADER_BYTES, HELLO_TIMEOUT_S, Hello, Welcome, output_size
+from infra.protocol import (
+    HEADER_BYTES,
+    HELLO_TIMEOUT_S,
+    LARGEST_SIDE,
+    SMALLEST_SIDE,
+    Hello,
+    Welcome,
+    output_size,
+)
 from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, Refusal, ServiceFailure, StateLost, TimedOut
 from infra.structured_logs import add_log_context
 from infra.telemetry import Telemetry
@@ -51,6 +59,8 @@ class LiveConfig(BaseModel):
     most_load: float = Field(default=0.9, gt=0, le=10)
     most_hellos: int = Field(default=64, ge=1, le=4096)
     max_pixels: int = Field(default=1920 * 1080, ge=256)
+    least_side: int = Field(default=SMALLEST_SIDE, ge=SMALLEST_SIDE)
+    greatest_side: int = Field(default=LARGEST_SIDE, ge=SMALLEST_SIDE)
     window: int = Field(default=16, ge=2, le=256)
     idle_timeout_s: float = Field(default=60.0, gt=0)
     max_life_s: float = Field(default=24 * 3600.0, gt=0)
@@ -66,6 +76,8 @@ class LiveConfig(BaseModel):
         return cls(
             most_sessions=settings.sessions,
             max_pixels=settings.greatest_side**2,
+            least_side=settings.least_side,
+            greatest_side=settings.greatest_side,
             window=settings.window,
             idle_timeout_s=settings.idle_timeout_s,
             max_life_s=settings.max_life_s,
@@ -75,19 +87,24 @@ class LiveConfig(BaseModel):
         )
 
 
+def _free(amount: int, now: float) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Guest:
     """Whom a stream belongs to.
 
     Attributes:
         tenant: its name.
-        charge: takes the pixels of a frame and the time, returns after how many seconds to try again; 0: charged.
+        charges: take the bytes and the pixels of a frame, and the time; return after how many seconds to try again;
+            0: charged.
         leave: gives back what the stream took of the tenant's limits.
         may_stay: whether the tenant's credentials still hold; may block.
     """
 
     tenant: str
-    charge: Callable[[int, float], float] = lambda pixels, now: 0.0
+    charges: tuple[Charge, Charge] = (_free, _free)
     leave: Callable[[], None] = lambda: None
     may_stay: Callable[[], bool] = lambda: True
 
@@ -255,7 +272,7 @@ class LiveServer:
             stepper=self.stepper,
             states=self._states,
             codecs=self._codecs,
-            charge=guest.charge,
+            charges=guest.charges,
             may_stay=guest.may_stay,
             max_message_bytes=min(limit, channel.message_limit),
             state_interval_s=config.state_interval_s,
@@ -327,6 +344,14 @@ class LiveServer:
         )
 
     def _require_size(self, hello: Hello, channel: Channel) -> None:
+        config, sides = self.config, (hello.width, hello.height)
+        if min(sides) < config.least_side or max(sides) > config.greatest_side:
+            raise FrameTooLarge(
+                f"Frames of {hello.width}x{hello.height} are not served here.",
+                code="frame-size",
+                limit=f"{config.least_side} to {config.greatest_side} pixels a side",
+                remedy="Send frames of another size.",
+            )
         pixels = hello.width * hello.height
         if pixels > self.config.max_pixels:
             raise FrameTooLarge(

@@ -37,12 +37,18 @@ JSON that tells of damage in the upload. If the restoration fails after it began
 """
 
 
-def make_router(tenant_dependency: Callable[..., Any], open_step: OpenStep, settings: UploadSettings) -> APIRouter:
+def make_router(
+    tenant_dependency: Callable[..., Any],
+    open_step: OpenStep,
+    settings: UploadSettings,
+    most_bytes: Callable[[Any], int] | None = None,
+) -> APIRouter:
     """Return the route.
 
     Args:
         tenant_dependency: FastAPI's, gives the tenant or raises a `Refusal`; what it gives is passed to `open_step`.
         open_step: lends a place in the model to an upload that was looked at and accepted.
+        most_bytes: of a tenant's upload; None: `max_bytes` of the settings.
     """
     router = APIRouter(route_class=RefusingRoute, tags=["restore"])
     places = UploadPlaces(settings.max_uploads)
@@ -69,7 +75,7 @@ def make_router(tenant_dependency: Callable[..., Any], open_step: OpenStep, sett
         return DuplexResponse(
             lambda body: _restored(body, tenant, options, open_step, settings, places),
             _pipe(settings),
-            max_bytes=settings.max_bytes,
+            max_bytes=settings.max_bytes if most_bytes is None else most_bytes(tenant),
             idle_s=settings.idle_s,
         )
 

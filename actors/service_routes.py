@@ -33,12 +33,14 @@ def tenant_with(get_gate: Callable[[], "SettingsGate"], scope: Scope) -> Callabl
     return tenant
 
 
-def upload_settings(settings: LiveSettings) -> UploadSettings:
-    """Return what the service's settings say of uploads."""
+def upload_settings(settings: LiveSettings) -> UploadSettings | None:
+    """Return what the service's settings say of uploads; None: there are none."""
+    if not settings.uploads:
+        return None
     return UploadSettings(
         max_bytes=settings.limits.upload_bytes,
-        max_pixels=min(settings.greatest_side**2, settings.limits.frame_pixels),
-        max_uploads=max(1, settings.uploads),
+        max_pixels=settings.greatest_side**2,
+        max_uploads=settings.uploads,
         spool_bytes=settings.spool_bytes,
         idle_s=settings.upload_idle_s,
     )
@@ -60,7 +62,7 @@ def add_service_routes(
     get_server: Callable[[], LiveServer],
     get_gate: Callable[[], "SettingsGate"],
     *,
-    uploads: UploadSettings,
+    uploads: UploadSettings | None,
     jobs: JobsSettings,
 ) -> None:
     """Add `/v1/restore` and `/v1/jobs`.
@@ -70,10 +72,15 @@ def add_service_routes(
     """
 
     async def open_step(tenant: Any, options: UploadOptions, video: VideoInfo) -> EngineLease:
-        server = get_server()
-        get_gate().accounts.check_frame(tenant, video.width, video.height)
-        return EngineLease(server, server.engine_named(options.model))
+        server, accounts = get_server(), get_gate().accounts
+        engine = server.engine_named(options.model)
+        accounts.check_frame(tenant, video.width, video.height)
+        return EngineLease(server, engine, accounts.open_job(tenant).close)
+
+    def most_bytes(tenant: Any) -> int:
+        return get_gate().accounts.limits(tenant).upload_bytes
 
     restore_tenant = tenant_with(get_gate, Scope.RESTORE)
-    app.include_router(make_restore_router(restore_tenant, open_step, uploads))
+    if uploads is not None:
+        app.include_router(make_restore_router(restore_tenant, open_step, uploads, most_bytes))
     app.include_router(make_jobs_router(tenant_with(get_gate, Scope.JOBS), jobs))

@@ -21,6 +21,7 @@ from infra.origins import ANY, parse_origin
 from infra.protocol import HELLO_TIMEOUT_S, LARGEST_SIDE, SMALLEST_SIDE
 from infra.restore_job import JobRules
 from infra.settings import LIVE_TABLE, LayeredSettings, Loaded, load_layers
+from infra.telemetry import TelemetryConfig
 from infra.tenants import Scope, TenantLimits, is_tenant_name
 from infra.tokens import TokenOptions
 
@@ -105,6 +106,8 @@ class LiveSettings(LayeredSettings):
     greatest_side: int = Field(
         default=4096, ge=SMALLEST_SIDE, le=LARGEST_SIDE, description="largest width and height of an input frame"
     )
+
+    telemetry: TelemetryConfig = Field(default=TelemetryConfig(), description="how metrics, traces and logs look")
 
     # Uploads, and archive jobs.
     spool_bytes: int = Field(

@@ -5,6 +5,7 @@ What it needs to know of settings is in `infra.live_settings`; flags here are th
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -90,6 +91,7 @@ def _serve(live: LiveSettings, common: Any, *, replicas: int, gpus: float | None
         grpc_options = None
         if live.grpc_port is not None:
             grpc_options = {"port": live.grpc_port, "grpc_servicer_functions": [SERVICER_FUNCTION]}
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress is told here
         ray_serve.start(http_options={"host": live.host, "port": live.port}, grpc_options=grpc_options)
         print(f"Loading {', '.join(live.models)} ...", flush=True)
         arguments = ApplicationArguments(
