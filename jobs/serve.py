@@ -81,7 +81,6 @@ def _serve(live: LiveSettings, common: Any, *, replicas: int, gpus: float | None
     from infra.cluster import connected
 
     over = threading.Event()
-    _stop_on_signals(over)
     print("Starting Ray ...", flush=True)
     with connected(max(4, 2 * replicas + 2)) as cluster:
         from ray import serve as ray_serve
@@ -103,6 +102,7 @@ def _serve(live: LiveSettings, common: Any, *, replicas: int, gpus: float | None
             num_gpus=(1.0 if cluster.gpus else 0.0) if gpus is None else gpus,
         )
         ray_serve.run(application(arguments), name=APPLICATION, route_prefix="/")
+        _stop_on_signals(over)  # Ray has put handlers of its own there, which end the process at once
         where = f"http://{live.host}:{live.port}"
         print(f"Serving at {where} (streams: {where.replace('http', 'ws', 1)}/v1/streams). Ctrl-C ends it.", flush=True)
         try:
