@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from actors.live_server import LiveConfig, LiveServer
+from actors.state_book import LocalStates, StateBook
 from infra.protocol import FrameHeader, Hello, dump, parse_control, parse_hello
 from infra.refusals import KINDS, BadMessage, Refusal
 from tests.live_service import open_live_engine
@@ -140,7 +141,8 @@ def test_whole_conversations_with_a_server_that_goes_on() -> None:
 
     async def run() -> int:
         answered = 0
-        server = LiveServer(LiveConfig(most_sessions=64), {"stand-in:0": open_live_engine()})
+        states = LocalStates(StateBook(kept_s=0.01))  # those of clients that have gone are kept, and would be counted
+        server = LiveServer(LiveConfig(most_sessions=64), {"stand-in:0": open_live_engine()}, states=states)
         server.start()
         process = psutil.Process()
         for batch in range(40):
