@@ -28,6 +28,7 @@ from infra.protocol import DropReason, Flag, FrameHeader, Lossless
 from infra.refusals import (
     NORMAL_CLOSURE,
     SERVICE_RESTART,
+    BadMessage,
     FrameTooLarge,
     Refusal,
     ServiceFailure,
@@ -66,6 +67,7 @@ class LiveConnection:
     Args:
         charge: takes the pixels of a frame that came, returns after how many seconds to try again; 0: charged.
         may_stay: whether the credentials still hold; may block.
+        check_result: raises FrameTooLarge if results of this width and height are not made here.
         state_interval_s: between two snapshots of the state.
     """
 
@@ -80,6 +82,7 @@ class LiveConnection:
         codecs: Executor,
         charge: Callable[[int, float], float],
         may_stay: Callable[[], bool],
+        check_result: Callable[[int, int], None],
         max_message_bytes: int,
         state_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
@@ -88,7 +91,7 @@ class LiveConnection:
         self.session, self.engine = session, engine
         self._channel, self._stepper, self._states, self._codecs = channel, stepper, states, codecs
         self._charge, self._may_stay, self._clock = charge, may_stay, clock
-        self._max_message_bytes = max_message_bytes
+        self._check_result, self._max_message_bytes = check_result, max_message_bytes
         hello = session.hello
         self._decoder: FrameDecoder = open_decoder(
             hello.codec_in, hello.width, hello.height, max_pixels=hello.width * hello.height
@@ -96,7 +99,7 @@ class LiveConnection:
         self._encoder: FrameEncoder = open_encoder(hello.codec_out, quality=hello.quality, fps=hello.fps)
         self._outbox: asyncio.Queue[Answer | str] = asyncio.Queue()
         self._intake: asyncio.Queue[tuple[Incoming, memoryview] | protocol.Resize | protocol.Close] = asyncio.Queue()
-        self._undecoded: dict[int, Incoming] = {}
+        self._undecoded: dict[int, Incoming] = {}  # in their order; a picture waits for those that came before it
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._unsent = 0  # answers in the outbox or at the encoder
         self._told_granted = session.granted
@@ -322,6 +325,8 @@ class LiveConnection:
     async def _finish_all(self) -> None:
         for decoded in await self._in_pool(self._decoder.flush):
             self._decoded(decoded.id, decoded.rgb_HWC)
+        self._no_picture([*self._decoder.lost(), *self._undecoded])
+        self._settle()
         while self.session.waiting or self.session.in_step is not None or self._unsent:
             self._moved.clear()
             self._stepper.wake()
@@ -335,21 +340,43 @@ class LiveConnection:
             pictures = await self._in_pool(self._decoder.decode, payload, frame.id, Flag.KEY in frame.flags)
         except Undecodable as error:
             logger.debug("stream %s, frame %d: %s", self.session.key, frame.id, error)
-            frame.reason = DropReason.UNDECODABLE
-            self._undecoded.pop(frame.id, None)
-            self._take_place(frame)
-            return
-        for picture in pictures:
-            self._decoded(picture.id, picture.rgb_HWC)
+            self._no_picture([*self._decoder.lost(), frame.id])
+        else:
+            for picture in pictures:
+                self._decoded(picture.id, picture.rgb_HWC)
+            self._no_picture(self._decoder.lost())
+        self._settle()
 
     def _decoded(self, id_: int, rgb_HWC: NDArray[np.uint8]) -> None:
-        frame = self._undecoded.pop(id_, None)
-        if frame is None:
+        frame = self._undecoded.get(id_)
+        if frame is None or frame.reason is not DropReason.NONE:
             return
+        height, width = rgb_HWC.shape[:2]
+        self._check_result(*protocol.output_size(self.session.hello, width, height))
         frame.rgb_HWC, frame.ready = rgb_HWC, self._clock()
         if frame.trace is not None:
             frame.trace.stage("decode", frame.ready)
-        self._take_place(frame)
+
+    def _no_picture(self, ids: list[int]) -> None:
+        for frame in [self._undecoded[id_] for id_ in ids if id_ in self._undecoded]:
+            if frame.rgb_HWC is None and frame.reason is DropReason.NONE:
+                frame.reason = DropReason.UNDECODABLE
+
+    def _settle(self) -> None:
+        """Let the frames of which the decoder holds nothing any more take their places, in the order of their ids."""
+        settled = [
+            frame.rgb_HWC is not None or frame.reason is not DropReason.NONE for frame in self._undecoded.values()
+        ]
+        first_held = settled.index(False) if False in settled else len(settled)
+        for frame in list(self._undecoded.values())[:first_held]:
+            del self._undecoded[frame.id]
+            self._take_place(frame)
+        if any(frame.rgb_HWC is not None for frame in self._undecoded.values()):
+            raise BadMessage(
+                f"The picture of frame {next(iter(self._undecoded))} is shown after that of a later frame.",
+                code="frames-reordered",
+                remedy="Encode without B frames: live streams are restored in the order in which they are sent.",
+            )
 
     def _take_place(self, frame: Incoming) -> None:
         if frame.decode_only:
@@ -433,7 +460,7 @@ class LiveConnection:
             if now - checked >= _CREDENTIALS_S:
                 checked = now
                 await self._require_credentials()
-            session.check_times(now)
+            session.check_times(now, in_decoder=len(self._undecoded))
             self._tell_granted()
             self._saver.count_durable()
             if session.durable_below > self._told_durable:

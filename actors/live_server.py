@@ -14,12 +14,13 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.admission import Admission
-from actors.frame_codec import largest_message_bytes
+from actors.frame_codec import check_result, largest_message_bytes
 from actors.hardware import usable_cores
 from actors.live_channel import Channel
 from actors.live_connection import LiveConnection
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ABOUT_MODEL: Final = "model_sha256"
+_LARGEST_GAIN: Final = 16  # results have at most the pixels that the model makes of the largest frame
 
 
 class LiveConfig(BaseModel):
@@ -257,6 +259,7 @@ class LiveServer:
             codecs=self._codecs,
             charge=guest.charge,
             may_stay=guest.may_stay,
+            check_result=self._result_check(hello, channel),
             max_message_bytes=min(limit, channel.message_limit),
             state_interval_s=config.state_interval_s,
             clock=self._clock,
@@ -334,17 +337,18 @@ class LiveServer:
                 limit=f"{self.config.max_pixels} pixels",
                 remedy="Send smaller frames.",
             )
-        for codec, (width, height), what in (
-            (hello.codec_in, (hello.width, hello.height), "sent"),
-            (hello.codec_out, output_size(hello, hello.width, hello.height), "returned"),
-        ):
-            size = HEADER_BYTES + (width * height * 3 if codec == "raw" else 0)
-            if size > channel.message_limit:
-                raise FrameTooLarge(
-                    f"Raw frames of {width}x{height} have {size} bytes and cannot be {what} here.",
-                    limit=f"{channel.message_limit} bytes a message",
-                    remedy="Use gRPC, or another codec.",
-                )
+        size = HEADER_BYTES + largest_message_bytes("raw", hello.width, hello.height)
+        if hello.codec_in == "raw" and size > channel.message_limit:
+            raise FrameTooLarge(
+                f"Raw frames of {hello.width}x{hello.height} have {size} bytes and cannot be sent here.",
+                limit=f"{channel.message_limit} bytes a message",
+                remedy="Use gRPC, or another codec.",
+            )
+        self._result_check(hello, channel)(*output_size(hello, hello.width, hello.height))
+
+    def _result_check(self, hello: Hello, channel: Channel) -> Callable[[int, int], None]:
+        most = _LARGEST_GAIN * self.config.max_pixels
+        return partial(check_result, hello.codec_out, max_pixels=most, max_message_bytes=channel.message_limit)
 
     async def _refuse(self, channel: Channel, refusal: Refusal) -> None:
         self.refused[refusal.code] = self.refused.get(refusal.code, 0) + 1

@@ -197,12 +197,16 @@ class Session:
         """Closed or failed."""
         return not LEGAL_MOVES[self.life]
 
-    def check_times(self, now: float) -> None:
-        """Raise TimedOut if the stream is idle, too old, or does not read its answers."""
+    def check_times(self, now: float, *, in_decoder: int = 0) -> None:
+        """Raise TimedOut if the stream is idle, too old, or does not read its answers.
+
+        Args:
+            in_decoder: frames of which a decoder has not made a picture yet: they wait for others, not for us.
+        """
         limits = self.limits
         if self._unread and now - self._unread_since > limits.unread_timeout_s:
             raise _timed_out(f"No answer was acknowledged for {limits.unread_timeout_s:g} s", "unread-answers")
-        if not self.outstanding and now - self.last_frame > limits.idle_timeout_s:
+        if self.outstanding <= in_decoder and now - self.last_frame > limits.idle_timeout_s:
             raise _timed_out(f"No frame came for {limits.idle_timeout_s:g} s", "session-idle")
         if now - self.opened > limits.max_life_s:
             raise _timed_out(f"The stream is open for {limits.max_life_s:g} s", "session-life")

@@ -239,6 +239,9 @@ def test_refused_by_what_it_would_cost() -> None:
     [
         ({"width": 4000, "height": 4000}, FrameTooLarge, "frame-too-large"),
         ({"width": 1900, "height": 1000, "codec_out": "raw"}, FrameTooLarge, "frame-too-large"),
+        ({"width": 1024, "height": 16, "out_height": 1100}, FrameTooLarge, "frame-too-large"),
+        ({"width": 1000, "height": 100, "out_height": 1700, "codec_out": "h264"}, FrameTooLarge, "frame-too-large"),
+        ({"width": 320, "height": 180, "out_height": 16384}, FrameTooLarge, "frame-too-large"),
         ({"width": 32, "height": 24, "model": "no-such"}, BadMessage, "model-unknown"),
     ],
 )
@@ -248,6 +251,19 @@ def test_hellos_that_are_refused(hello: dict[str, Any], kind: type, code: str) -
             async with LiveStream(service.url, Hello(**hello)):
                 pass
         assert caught.value.code == code and caught.value.remedy
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+def test_a_result_that_grows_beyond_the_limits_in_mid_stream_is_refused_before_it_is_made() -> None:
+    """The pixels of the frame are as agreed; by its shape its result would have 268 million."""
+
+    async def run(service: LiveService) -> None:
+        async with LiveStream(service.url, Hello(width=64, height=64, out_height=4096)) as stream:
+            await stream.send_picture(picture(0, 256, 16))
+            with pytest.raises(FrameTooLarge, match="Results of 65536x4096"):
+                await anext(stream)
 
     with live_service() as service:
         asyncio.run(run(service))
