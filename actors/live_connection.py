@@ -30,6 +30,7 @@ from infra.refusals import (
     SERVICE_RESTART,
     BadMessage,
     FrameTooLarge,
+    RateExceeded,
     Refusal,
     ServiceFailure,
     StateLost,
@@ -97,10 +98,11 @@ class LiveConnection:
             hello.codec_in, hello.width, hello.height, max_pixels=hello.width * hello.height
         )
         self._encoder: FrameEncoder = open_encoder(hello.codec_out, quality=hello.quality, fps=hello.fps)
-        self._outbox: asyncio.Queue[Answer | str] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Answer | str | protocol.AskStats] = asyncio.Queue()
         self._intake: asyncio.Queue[tuple[Incoming, memoryview] | protocol.Resize | protocol.Close] = asyncio.Queue()
         self._undecoded: dict[int, Incoming] = {}  # in their order; a picture waits for those that came before it
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stats_asked = False
         self._unsent = 0  # answers in the outbox or at the encoder
         self._told_granted = session.granted
         self._told_durable = session.durable_below
@@ -206,8 +208,9 @@ class LiveConnection:
 
     async def _say_and_close(self, message: str, code: int, reason: str) -> None:
         try:
-            await self._channel.send(message)
-            await self._channel.close(code, reason)
+            async with asyncio.timeout(_FLUSH_S):  # a client that does not read does not keep its stream's place
+                await self._channel.send(message)
+                await self._channel.close(code, reason)
         except Exception as error:  # the client may have gone meanwhile; there is nobody to tell
             logger.debug("stream %s: the last message was not sent: %s", self.session.key, error)
 
@@ -264,17 +267,30 @@ class LiveConnection:
         match message:
             case protocol.Reset():
                 self.session.mark_cut()
-            case protocol.Resize():
-                self._require_agreed(message.width, message.height)
+            case protocol.Resize() | protocol.Close():
+                if isinstance(message, protocol.Resize):
+                    self._require_agreed(message.width, message.height)
+                self._require_few()
                 self._intake.put_nowait(message)
             case protocol.AskStats():
-                self._outbox.put_nowait(protocol.dump(self.session.stats()))
+                if not self._stats_asked:  # one answer for all questions until it is sent: nothing piles up
+                    self._stats_asked = True
+                    self._outbox.put_nowait(message)
             case protocol.Delivered():
                 self._acknowledge(message.below, message.receipt)
-            case protocol.Close():
-                self._intake.put_nowait(message)
             case _:
                 assert_never(message)
+
+    def _require_few(self) -> None:
+        """Frames that wait to be decoded are bounded by their window; so are the messages between them."""
+        most = 2 * self.session.limits.window + 2
+        if self._intake.qsize() >= most:
+            raise RateExceeded(
+                f"{most} messages wait for the decoder.",
+                code="controls-exceeded",
+                limit=f"{most} messages",
+                remedy="Send at most one size with each frame, and one close.",
+            )
 
     def _require_agreed(self, width: int, height: int) -> None:
         agreed = self.session.hello.width * self.session.hello.height
@@ -364,11 +380,9 @@ class LiveConnection:
 
     def _settle(self) -> None:
         """Let the frames of which the decoder holds nothing any more take their places, in the order of their ids."""
-        settled = [
-            frame.rgb_HWC is not None or frame.reason is not DropReason.NONE for frame in self._undecoded.values()
-        ]
-        first_held = settled.index(False) if False in settled else len(settled)
-        for frame in list(self._undecoded.values())[:first_held]:
+        for frame in list(self._undecoded.values()):
+            if frame.rgb_HWC is None and frame.reason is DropReason.NONE:
+                break
             del self._undecoded[frame.id]
             self._take_place(frame)
         if any(frame.rgb_HWC is not None for frame in self._undecoded.values()):
@@ -403,7 +417,10 @@ class LiveConnection:
     async def _write(self) -> None:
         while True:
             item = await self._outbox.get()
-            if not isinstance(item, Answer):
+            if isinstance(item, protocol.AskStats):
+                self._stats_asked = False
+                item = protocol.dump(self.session.stats())
+            if isinstance(item, str):
                 await self._channel.send(item)
                 continue
             began = self._clock()

@@ -11,7 +11,8 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from actors.live_server import LiveConfig
+from actors import live_connection
+from actors.live_server import Guest, LiveConfig
 from infra.blocking_client import BlockingStream
 from infra.client import LiveStream
 from infra.live_answer import LiveAnswer
@@ -394,3 +395,64 @@ def test_health_and_models() -> None:
         service.call(service.server.drain())
         told = httpx.get(service.http + "/readyz")
         assert told.status_code == 503 and told.json()["code"] == "draining" and told.headers["retry-after"]
+
+
+def test_sizes_do_not_pile_up_behind_a_frame() -> None:
+    async def gate(hello: Hello, channel: Any) -> Guest:
+        return Guest("local", charge=lambda pixels, now: 60.0)  # the first frame waits for its tenant's rate
+
+    with live_service(gate=gate) as service:
+        size = '{"type":"size","width":16,"height":16}'
+        refusal, closed = asyncio.run(first_words(service, HELLO, FRAME, *[size] * 100))
+    assert (refusal["code"], closed) == ("controls-exceeded", 4429)
+
+
+def test_questions_for_figures_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that asks and does not read costs one answer, however often it asks."""
+    monkeypatch.setattr(live_connection, "_FLUSH_S", 0.2)
+
+    async def run(service: LiveService) -> None:
+        async with connect(service.url + "/v1/streams") as socket:
+            await socket.send(HELLO)
+            await socket.recv()
+            (connection,) = service.server.connections.values()
+
+            async def stall(message: str | bytes) -> None:
+                await asyncio.Event().wait()
+
+            connection._channel.send = stall  # type: ignore[method-assign]  # a socket that takes no more
+            for _ in range(500):
+                await socket.send('{"type":"stats"}')
+            await socket.send("{")  # refused, which shows that all the others were read
+            while not connection._failed.done() and service.server.connections:
+                assert connection._outbox.qsize() <= 1
+                await asyncio.sleep(0.01)
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+def test_a_client_that_does_not_read_is_sent_away_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket takes no more, not even the refusal: the stream and its tenant's place are free all the same."""
+    monkeypatch.setattr(live_connection, "_FLUSH_S", 0.3)
+    left: list[str] = []
+
+    async def gate(hello: Hello, channel: Any) -> Guest:
+        return Guest("local", leave=lambda: left.append("left"))
+
+    async def run(service: LiveService) -> None:
+        hello = dump(Hello(width=480, height=270, **RAW))
+        async with connect(service.url + "/v1/streams", max_size=None, max_queue=1) as socket:
+            await socket.send(hello)
+            granted = json.loads(await socket.recv())["granted"]
+            frame = picture(0, 480, 270).tobytes()
+            for id_ in range(granted):
+                await socket.send(FrameHeader(id_).pack(frame))  # answers of 6 MB each, never read
+            async with asyncio.timeout(10):
+                while not left:
+                    await asyncio.sleep(0.02)
+            assert not service.server.connections and not service.server.stepper.seats
+            socket.transport.abort()
+
+    with live_service(LiveConfig(unread_timeout_s=1.5), gate=gate) as service:
+        asyncio.run(run(service))
