@@ -110,7 +110,7 @@ class LiveConnection:
         self._ended = asyncio.Event()
         self.report = StreamReport(telemetry or Telemetry(), session, engine.name, channel.headers, clock)
         self._saver = StateSaver(
-            session, states, codecs, self.report, self._fail, interval_s=state_interval_s, now=clock()
+            session, states, codecs, self.report, self.fail, interval_s=state_interval_s, now=clock()
         )
         self._writer: asyncio.Task[None] | None = None
 
@@ -122,7 +122,7 @@ class LiveConnection:
         """
         session = self.session
         self._outbox.put_nowait(welcome)
-        seat = Seat(session, self.engine, self._answer, self._fail)
+        seat = Seat(session, self.engine, self._answer, self.fail)
         self._stepper.seats[str(session.key)] = seat
         tasks = [asyncio.create_task(one) for one in self._parts()]
         self._writer = tasks[0]
@@ -239,7 +239,8 @@ class LiveConnection:
             self.session.move(SessionState.CLOSED)
         self.session.wipe()
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """End the stream here, for this reason unless there is one already."""
         if not self._failed.done():
             self._failed.set_exception(error)
 

@@ -217,14 +217,15 @@ class LiveServer:
         config = self.config
         self._require_size(hello, channel)
         takeover: Takeover | None = None
-        engine = self.engine_named(hello.model)
         if hello.resume is not None:
             key = SessionKey(guest.tenant, hello.resume.session)
             takeover = await self._states.take_over(key, hello.resume.token.get_secret_value(), hello.resume.received)
-            await self._end_older(key)
             engine = self._engine_of(str(takeover.about.get(_ABOUT_MODEL)), key)
+            self._end_older(key, takeover.epoch)
+            self._require_open()
         else:
             key = SessionKey(guest.tenant, secrets.token_hex(8))
+            engine = self.engine_named(hello.model)
         limit = HEADER_BYTES + largest_message_bytes(hello.codec_in, hello.width, hello.height)
         limits = SessionLimits(
             window=window_for(limit, config.window),
@@ -244,12 +245,16 @@ class LiveServer:
         )
         if not config.ladder:
             session.ladder.budget_s = None
-        others = [(one.session, one.engine) for one in self.connections.values()]
-        self._admission.require_room(others, session, engine)
+        self._require_room(session, engine)
         token = hello.resume.token.get_secret_value() if hello.resume else ""
         if takeover is None:
             token = await self._states.open(key, {_ABOUT_MODEL: engine.model_sha256}, Snapshot(0, b""))
-        self._require_open()
+            try:  # others may have come in meanwhile, or the replica has to go
+                self._require_open()
+                self._require_room(session, engine)
+            except Refusal:
+                await self._states.close(key, session.epoch)
+                raise
         connection = LiveConnection(
             session,
             engine,
@@ -289,11 +294,22 @@ class LiveServer:
         )
         return connection, welcome
 
-    async def _end_older(self, key: SessionKey) -> None:
+    def _require_room(self, session: Session, engine: LiveEngine) -> None:
+        others = [(one.session, one.engine) for one in self.connections.values()]
+        self._admission.require_room(others, session, engine)
+
+    def _end_older(self, key: SessionKey, epoch: int) -> None:
         """A client that resumes here a stream that still has a connection here has lost that connection."""
-        older = self.connections.pop(key, None)
-        if older is not None:
-            await older.drain()
+        older = self.connections.get(key)
+        if older is None:
+            return
+        lost = StateLost(
+            f"The stream {key.session} goes on in another connection.", remedy="Use that one, or open a new stream."
+        )
+        if older.session.epoch > epoch:
+            raise lost
+        del self.connections[key]
+        older.fail(lost)  # not waited for: its state is not needed any more, and its socket may be stuck
 
     def engine_named(self, name: str | None) -> LiveEngine:
         """Return a model; the default one for None.
@@ -313,7 +329,8 @@ class LiveServer:
         return self.engines[name]
 
     def _engine_of(self, model_sha256: str, key: SessionKey) -> LiveEngine:
-        for engine in self.engines.values():
+        # A model that is offered no more is there as long as streams have it.
+        for engine in (*self.engines.values(), *(one.engine for one in self.connections.values())):
             if engine.model_sha256 == model_sha256:
                 return engine
         raise StateLost(
