@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.errors import Undecodable
-from infra.protocol import LARGEST_SIDE, SMALLEST_SIDE, Codec
+from infra.protocol import HEADER_BYTES, LARGEST_SIDE, SMALLEST_SIDE, Codec
 from infra.refusals import FrameTooLarge
 
 # What libjpeg, WebP's 14 bits, libpng and libx264 allow. H.264 decoders of browsers and phones stop at a half or a
@@ -230,6 +230,30 @@ def largest_message_bytes(codec: Codec, width: int, height: int) -> int:
     """
     pixels = width * height * 3
     return pixels if codec == "raw" else pixels + pixels // 64 + _HEADER_ROOM
+
+
+def check_result(codec: Codec, width: int, height: int, *, max_pixels: int, max_message_bytes: int) -> None:
+    """Compare the size of a result with what can be made and returned, before anything of it is.
+
+    Args:
+        max_message_bytes: of the transport; it has a say where the size of the picture in bytes is known.
+
+    Raises:
+        FrameTooLarge: it is beyond one of the limits.
+    """
+    side = LARGEST_ENCODED_SIDE[codec]
+    message_bytes = HEADER_BYTES + (width * height * 3 if codec == "raw" else 0)
+    for value, most, unit in (
+        (max(width, height), side, f"pixels a side in {codec}"),
+        (width * height, max_pixels, "pixels"),
+        (message_bytes, max_message_bytes, "bytes a message"),
+    ):
+        if value > most:
+            raise FrameTooLarge(
+                f"Results of {width}x{height} in {codec} cannot be returned here: {value} {unit}.",
+                limit=f"{most} {unit}",
+                remedy="Ask for a smaller result or another codec; gRPC carries larger messages.",
+            )
 
 
 class RawDecoder(FrameDecoder):

@@ -28,7 +28,9 @@ from infra.protocol import DropReason, Flag, FrameHeader, Lossless
 from infra.refusals import (
     NORMAL_CLOSURE,
     SERVICE_RESTART,
+    BadMessage,
     FrameTooLarge,
+    RateExceeded,
     Refusal,
     ServiceFailure,
     StateLost,
@@ -68,6 +70,7 @@ class LiveConnection:
         charges: take the bytes and the pixels of a frame that came, return after how many seconds to try again; 0:
             charged.
         may_stay: whether the credentials still hold; may block.
+        check_result: raises FrameTooLarge if results of this width and height are not made here.
         state_interval_s: between two snapshots of the state.
     """
 
@@ -82,6 +85,7 @@ class LiveConnection:
         codecs: Executor,
         charges: tuple[Charge, Charge],
         may_stay: Callable[[], bool],
+        check_result: Callable[[int, int], None],
         max_message_bytes: int,
         state_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
@@ -90,16 +94,17 @@ class LiveConnection:
         self.session, self.engine = session, engine
         self._channel, self._stepper, self._states, self._codecs = channel, stepper, states, codecs
         self._charges, self._may_stay, self._clock = charges, may_stay, clock
-        self._max_message_bytes = max_message_bytes
+        self._check_result, self._max_message_bytes = check_result, max_message_bytes
         hello = session.hello
         self._decoder: FrameDecoder = open_decoder(
             hello.codec_in, hello.width, hello.height, max_pixels=hello.width * hello.height
         )
         self._encoder: FrameEncoder = open_encoder(hello.codec_out, quality=hello.quality, fps=hello.fps)
-        self._outbox: asyncio.Queue[Answer | str] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Answer | str | protocol.AskStats] = asyncio.Queue()
         self._intake: asyncio.Queue[tuple[Incoming, memoryview] | protocol.Resize | protocol.Close] = asyncio.Queue()
-        self._undecoded: dict[int, Incoming] = {}
+        self._undecoded: dict[int, Incoming] = {}  # in their order; a picture waits for those that came before it
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stats_asked = False
         self._unsent = 0  # answers in the outbox or at the encoder
         self._told_granted = session.granted
         self._told_durable = session.durable_below
@@ -107,7 +112,7 @@ class LiveConnection:
         self._ended = asyncio.Event()
         self.report = StreamReport(telemetry or Telemetry(), session, engine.name, channel.headers, clock)
         self._saver = StateSaver(
-            session, states, codecs, self.report, self._fail, interval_s=state_interval_s, now=clock()
+            session, states, codecs, self.report, self.fail, interval_s=state_interval_s, now=clock()
         )
         self._writer: asyncio.Task[None] | None = None
 
@@ -119,7 +124,7 @@ class LiveConnection:
         """
         session = self.session
         self._outbox.put_nowait(welcome)
-        seat = Seat(session, self.engine, self._answer, self._fail)
+        seat = Seat(session, self.engine, self._answer, self.fail)
         self._stepper.seats[str(session.key)] = seat
         tasks = [asyncio.create_task(one) for one in self._parts()]
         self._writer = tasks[0]
@@ -205,8 +210,9 @@ class LiveConnection:
 
     async def _say_and_close(self, message: str, code: int, reason: str) -> None:
         try:
-            await self._channel.send(message)
-            await self._channel.close(code, reason)
+            async with asyncio.timeout(_FLUSH_S):  # a client that does not read does not keep its stream's place
+                await self._channel.send(message)
+                await self._channel.close(code, reason)
         except Exception as error:  # the client may have gone meanwhile; there is nobody to tell
             logger.debug("stream %s: the last message was not sent: %s", self.session.key, error)
 
@@ -235,7 +241,8 @@ class LiveConnection:
             self.session.move(SessionState.CLOSED)
         self.session.wipe()
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """End the stream here, for this reason unless there is one already."""
         if not self._failed.done():
             self._failed.set_exception(error)
 
@@ -263,17 +270,30 @@ class LiveConnection:
         match message:
             case protocol.Reset():
                 self.session.mark_cut()
-            case protocol.Resize():
-                self._require_agreed(message.width, message.height)
+            case protocol.Resize() | protocol.Close():
+                if isinstance(message, protocol.Resize):
+                    self._require_agreed(message.width, message.height)
+                self._require_few()
                 self._intake.put_nowait(message)
             case protocol.AskStats():
-                self._outbox.put_nowait(protocol.dump(self.session.stats()))
+                if not self._stats_asked:  # one answer for all questions until it is sent: nothing piles up
+                    self._stats_asked = True
+                    self._outbox.put_nowait(message)
             case protocol.Delivered():
                 self._acknowledge(message.below, message.receipt)
-            case protocol.Close():
-                self._intake.put_nowait(message)
             case _:
                 assert_never(message)
+
+    def _require_few(self) -> None:
+        """Frames that wait to be decoded are bounded by their window; so are the messages between them."""
+        most = 2 * self.session.limits.window + 2
+        if self._intake.qsize() >= most:
+            raise RateExceeded(
+                f"{most} messages wait for the decoder.",
+                code="controls-exceeded",
+                limit=f"{most} messages",
+                remedy="Send at most one size with each frame, and one close.",
+            )
 
     def _require_agreed(self, width: int, height: int) -> None:
         agreed = self.session.hello.width * self.session.hello.height
@@ -327,6 +347,8 @@ class LiveConnection:
     async def _finish_all(self) -> None:
         for decoded in await self._in_pool(self._decoder.flush):
             self._decoded(decoded.id, decoded.rgb_HWC)
+        self._no_picture([*self._decoder.lost(), *self._undecoded])
+        self._settle()
         while self.session.waiting or self.session.in_step is not None or self._unsent:
             self._moved.clear()
             self._stepper.wake()
@@ -340,21 +362,41 @@ class LiveConnection:
             pictures = await self._in_pool(self._decoder.decode, payload, frame.id, Flag.KEY in frame.flags)
         except Undecodable as error:
             logger.debug("stream %s, frame %d: %s", self.session.key, frame.id, error)
-            frame.reason = DropReason.UNDECODABLE
-            self._undecoded.pop(frame.id, None)
-            self._take_place(frame)
-            return
-        for picture in pictures:
-            self._decoded(picture.id, picture.rgb_HWC)
+            self._no_picture([*self._decoder.lost(), frame.id])
+        else:
+            for picture in pictures:
+                self._decoded(picture.id, picture.rgb_HWC)
+            self._no_picture(self._decoder.lost())
+        self._settle()
 
     def _decoded(self, id_: int, rgb_HWC: NDArray[np.uint8]) -> None:
-        frame = self._undecoded.pop(id_, None)
-        if frame is None:
+        frame = self._undecoded.get(id_)
+        if frame is None or frame.reason is not DropReason.NONE:
             return
+        height, width = rgb_HWC.shape[:2]
+        self._check_result(*protocol.output_size(self.session.hello, width, height))
         frame.rgb_HWC, frame.ready = rgb_HWC, self._clock()
         if frame.trace is not None:
             frame.trace.stage("decode", frame.ready)
-        self._take_place(frame)
+
+    def _no_picture(self, ids: list[int]) -> None:
+        for frame in [self._undecoded[id_] for id_ in ids if id_ in self._undecoded]:
+            if frame.rgb_HWC is None and frame.reason is DropReason.NONE:
+                frame.reason = DropReason.UNDECODABLE
+
+    def _settle(self) -> None:
+        """Let the frames of which the decoder holds nothing any more take their places, in the order of their ids."""
+        for frame in list(self._undecoded.values()):
+            if frame.rgb_HWC is None and frame.reason is DropReason.NONE:
+                break
+            del self._undecoded[frame.id]
+            self._take_place(frame)
+        if any(frame.rgb_HWC is not None for frame in self._undecoded.values()):
+            raise BadMessage(
+                f"The picture of frame {next(iter(self._undecoded))} is shown after that of a later frame.",
+                code="frames-reordered",
+                remedy="Encode without B frames: live streams are restored in the order in which they are sent.",
+            )
 
     def _take_place(self, frame: Incoming) -> None:
         if frame.decode_only:
@@ -381,7 +423,10 @@ class LiveConnection:
     async def _write(self) -> None:
         while True:
             item = await self._outbox.get()
-            if not isinstance(item, Answer):
+            if isinstance(item, protocol.AskStats):
+                self._stats_asked = False
+                item = protocol.dump(self.session.stats())
+            if isinstance(item, str):
                 await self._channel.send(item)
                 continue
             began = self._clock()
@@ -438,7 +483,7 @@ class LiveConnection:
             if now - checked >= _CREDENTIALS_S:
                 checked = now
                 await self._require_credentials()
-            session.check_times(now)
+            session.check_times(now, in_decoder=len(self._undecoded))
             self._tell_granted()
             self._saver.count_durable()
             if session.durable_below > self._told_durable:

@@ -107,8 +107,11 @@ class LiveEngine:
         began = time.perf_counter()
         torch.set_num_threads(self._threads)  # the number belongs to the thread that asks
         for request in requests:
-            self._prepare(request)
-        resized = [request for request in requests if request.steps == 0]
+            try:
+                self._prepare(request)
+            except Exception as error:
+                request.error = error
+        resized = [request for request in requests if request.steps == 0 and request.error is None]
         for request in resized:
             request.state.skip()
         restored = [request for request in requests if request.steps > 0 and request.error is None]

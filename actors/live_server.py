@@ -14,12 +14,13 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.admission import Admission
-from actors.frame_codec import largest_message_bytes
+from actors.frame_codec import check_result, largest_message_bytes
 from actors.hardware import usable_cores
 from actors.live_channel import Channel
 from actors.live_connection import Charge, LiveConnection
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ABOUT_MODEL: Final = "model_sha256"
+_LARGEST_GAIN: Final = 16  # results have at most the pixels that the model makes of the largest frame
 
 
 class LiveConfig(BaseModel):
@@ -232,14 +234,15 @@ class LiveServer:
         config = self.config
         self._require_size(hello, channel)
         takeover: Takeover | None = None
-        engine = self.engine_named(hello.model)
         if hello.resume is not None:
             key = SessionKey(guest.tenant, hello.resume.session)
             takeover = await self._states.take_over(key, hello.resume.token.get_secret_value(), hello.resume.received)
-            await self._end_older(key)
             engine = self._engine_of(str(takeover.about.get(_ABOUT_MODEL)), key)
+            self._end_older(key, takeover.epoch)
+            self._require_open()
         else:
             key = SessionKey(guest.tenant, secrets.token_hex(8))
+            engine = self.engine_named(hello.model)
         limit = HEADER_BYTES + largest_message_bytes(hello.codec_in, hello.width, hello.height)
         limits = SessionLimits(
             window=window_for(limit, config.window),
@@ -259,12 +262,16 @@ class LiveServer:
         )
         if not config.ladder:
             session.ladder.budget_s = None
-        others = [(one.session, one.engine) for one in self.connections.values()]
-        self._admission.require_room(others, session, engine)
+        self._require_room(session, engine)
         token = hello.resume.token.get_secret_value() if hello.resume else ""
         if takeover is None:
             token = await self._states.open(key, {_ABOUT_MODEL: engine.model_sha256}, Snapshot(0, b""))
-        self._require_open()
+            try:  # others may have come in meanwhile, or the replica has to go
+                self._require_open()
+                self._require_room(session, engine)
+            except Refusal:
+                await self._states.close(key, session.epoch)
+                raise
         connection = LiveConnection(
             session,
             engine,
@@ -274,6 +281,7 @@ class LiveServer:
             codecs=self._codecs,
             charges=guest.charges,
             may_stay=guest.may_stay,
+            check_result=self._result_check(hello, channel),
             max_message_bytes=min(limit, channel.message_limit),
             state_interval_s=config.state_interval_s,
             clock=self._clock,
@@ -303,11 +311,22 @@ class LiveServer:
         )
         return connection, welcome
 
-    async def _end_older(self, key: SessionKey) -> None:
+    def _require_room(self, session: Session, engine: LiveEngine) -> None:
+        others = [(one.session, one.engine) for one in self.connections.values()]
+        self._admission.require_room(others, session, engine)
+
+    def _end_older(self, key: SessionKey, epoch: int) -> None:
         """A client that resumes here a stream that still has a connection here has lost that connection."""
-        older = self.connections.pop(key, None)
-        if older is not None:
-            await older.drain()
+        older = self.connections.get(key)
+        if older is None:
+            return
+        lost = StateLost(
+            f"The stream {key.session} goes on in another connection.", remedy="Use that one, or open a new stream."
+        )
+        if older.session.epoch > epoch:
+            raise lost
+        del self.connections[key]
+        older.fail(lost)  # not waited for: its state is not needed any more, and its socket may be stuck
 
     def engine_named(self, name: str | None) -> LiveEngine:
         """Return a model; the default one for None.
@@ -327,7 +346,8 @@ class LiveServer:
         return self.engines[name]
 
     def _engine_of(self, model_sha256: str, key: SessionKey) -> LiveEngine:
-        for engine in self.engines.values():
+        # A model that is offered no more is there as long as streams have it.
+        for engine in (*self.engines.values(), *(one.engine for one in self.connections.values())):
             if engine.model_sha256 == model_sha256:
                 return engine
         raise StateLost(
@@ -359,17 +379,18 @@ class LiveServer:
                 limit=f"{self.config.max_pixels} pixels",
                 remedy="Send smaller frames.",
             )
-        for codec, (width, height), what in (
-            (hello.codec_in, (hello.width, hello.height), "sent"),
-            (hello.codec_out, output_size(hello, hello.width, hello.height), "returned"),
-        ):
-            size = HEADER_BYTES + (width * height * 3 if codec == "raw" else 0)
-            if size > channel.message_limit:
-                raise FrameTooLarge(
-                    f"Raw frames of {width}x{height} have {size} bytes and cannot be {what} here.",
-                    limit=f"{channel.message_limit} bytes a message",
-                    remedy="Use gRPC, or another codec.",
-                )
+        size = HEADER_BYTES + largest_message_bytes("raw", hello.width, hello.height)
+        if hello.codec_in == "raw" and size > channel.message_limit:
+            raise FrameTooLarge(
+                f"Raw frames of {hello.width}x{hello.height} have {size} bytes and cannot be sent here.",
+                limit=f"{channel.message_limit} bytes a message",
+                remedy="Use gRPC, or another codec.",
+            )
+        self._result_check(hello, channel)(*output_size(hello, hello.width, hello.height))
+
+    def _result_check(self, hello: Hello, channel: Channel) -> Callable[[int, int], None]:
+        most = _LARGEST_GAIN * self.config.max_pixels
+        return partial(check_result, hello.codec_out, max_pixels=most, max_message_bytes=channel.message_limit)
 
     async def _refuse(self, channel: Channel, refusal: Refusal) -> None:
         self.refused[refusal.code] = self.refused.get(refusal.code, 0) + 1

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from actors.errors import ActorsError
-from actors.quality import QualityLadder
+from actors.quality import LEVELS, QualityLadder
 from infra.protocol import NO_FLAGS, Deadline, DropReason, Flag, FrameHeader, Hello, Lossless, Newest, Stats
 from infra.refusals import BadMessage, OutOfOrder, RateExceeded, TimedOut
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SMALLEST_WINDOW: Final = 2
 LARGEST_WINDOW: Final = 16
 WINDOW_BYTES: Final = 32 * 1024 * 1024
+LARGEST_ID: Final = 2**64 - 1  # `acknowledged` is an id plus one, and has 64 bits as well
 
 
 class SessionState(StrEnum):
@@ -197,12 +198,16 @@ class Session:
         """Closed or failed."""
         return not LEGAL_MOVES[self.life]
 
-    def check_times(self, now: float) -> None:
-        """Raise TimedOut if the stream is idle, too old, or does not read its answers."""
+    def check_times(self, now: float, *, in_decoder: int = 0) -> None:
+        """Raise TimedOut if the stream is idle, too old, or does not read its answers.
+
+        Args:
+            in_decoder: frames of which a decoder has not made a picture yet: they wait for others, not for us.
+        """
         limits = self.limits
         if self._unread and now - self._unread_since > limits.unread_timeout_s:
             raise _timed_out(f"No answer was acknowledged for {limits.unread_timeout_s:g} s", "unread-answers")
-        if not self.outstanding and now - self.last_frame > limits.idle_timeout_s:
+        if self.outstanding <= in_decoder and now - self.last_frame > limits.idle_timeout_s:
             raise _timed_out(f"No frame came for {limits.idle_timeout_s:g} s", "session-idle")
         if now - self.opened > limits.max_life_s:
             raise _timed_out(f"The stream is open for {limits.max_life_s:g} s", "session-life")
@@ -260,7 +265,12 @@ class Session:
         Raises:
             RateExceeded: more frames than were granted.
             OutOfOrder: a repeated or older id in a lossless stream.
+            BadMessage: a level that no frame can have had, or an id after which there is none.
         """
+        if header.level not in LEVELS:  # a frame that is sent again gets the steps that its header says
+            raise _impossible(f"level {header.level}", ", ".join(map(str, LEVELS)))
+        if header.id >= LARGEST_ID:
+            raise _impossible(f"id {header.id}", f"ids below {LARGEST_ID}")
         self._came += 1
         self.totals.frames_in += 1
         if self._came > self.granted:
@@ -282,7 +292,8 @@ class Session:
             repeated = header.id == self._next_id - 1
             frame.reason = DropReason.REPEATED if repeated else DropReason.OUT_OF_ORDER
             return frame
-        if self._next_id is not None and header.id > self._next_id:
+        # What the client had an answer to and left out when it resumed was never missing.
+        if self._next_id is not None and header.id > max(self._next_id, self.received):
             frame.flags |= Flag.GAP
         if self._marked_cut:
             frame.flags |= Flag.CUT
@@ -314,8 +325,8 @@ class Session:
         """Return by when the next frame wants to be taken (smaller: more urgent); None if there is nothing to take."""
         if self.in_step is not None or not self._waiting:
             return None
-        frame = self._candidate() or self._waiting[0]
-        return frame.arrived + (self.ladder.budget_s if self.ladder.budget_s is not None else 1.0)
+        # The oldest, whichever is taken: the newest always looks as if it had just come, and its stream would starve.
+        return self._waiting[0].arrived + (self.ladder.budget_s if self.ladder.budget_s is not None else 1.0)
 
     def size(self) -> tuple[int, int] | None:
         """Return height and width of the frame that `take` would return now, or None."""
@@ -344,6 +355,7 @@ class Session:
         while self._waiting:
             frame = self._waiting.popleft()
             if frame.reason is not DropReason.NONE:
+                self._pass_on_cut(frame)
                 answers.append(self.drop(frame, frame.reason))
                 continue
             if frame is not chosen:
@@ -393,6 +405,8 @@ class Session:
     def release(self, frame: Incoming) -> None:
         """Free the credit of a frame that gets no answer: it was sent again and the client has had its answer."""
         self._freed += 1
+        if frame.decode_only and frame.id >= self.resume_at and Flag.CUT in frame.flags:
+            self._passed_cut = True  # it was dropped then, and is now
 
     def header(self, answer: Answer, *, now: float, encode_us: int, key: bool) -> FrameHeader:
         """Return the header of an answer that is sent now."""
@@ -439,6 +453,12 @@ class Session:
 def window_for(max_message_bytes: int, largest: int = LARGEST_WINDOW) -> int:
     """Return how many frames of this size may be under way at once."""
     return max(SMALLEST_WINDOW, min(largest, WINDOW_BYTES // max_message_bytes))
+
+
+def _impossible(what: str, limit: str) -> BadMessage:
+    return BadMessage(
+        f"A frame's header has the {what}, which cannot be.", limit=limit, remedy="See docs/reference/protocol.md."
+    )
 
 
 def _timed_out(what: str, code: str) -> TimedOut:

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from actors.state_book import Snapshot, StateStore
 from infra.refusals import StateLost
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.state import StreamState
 
 logger = logging.getLogger(__name__)
+
+_LAST_S: Final = 5.0
 
 
 class StateSaver:
@@ -75,9 +77,10 @@ class StateSaver:
     async def save_last(self) -> None:
         """Save the state after the last frame; a failure only means that the client has to send more again."""
         if self._task is not None:
-            await asyncio.gather(self._task, return_exceptions=True)
+            await asyncio.wait([self._task], timeout=_LAST_S)
         try:
-            await self._put(*self._snapshot())
+            async with asyncio.timeout(_LAST_S):  # a keeper that does not answer must not keep the stream's place
+                await self._put(*self._snapshot())
         except Exception as error:
             logger.warning("stream %s: its last state was not saved: %s", self._session.key, error)
 

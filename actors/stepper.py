@@ -93,13 +93,19 @@ class Stepper:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while batches := self._take():
-                self._idle.clear()
-                try:
-                    for engine, batch in batches:
-                        await self._step(engine, batch)
-                finally:
-                    self._idle.set()
+            while await self._step_next():
+                pass
+
+    async def _step_next(self) -> bool:
+        """Step the most urgent frames; False if there are none. When it returns, no frame and no model is held."""
+        batches = self._take()
+        self._idle.clear()
+        try:
+            for engine, batch in batches:
+                await self._step(engine, batch)
+        finally:
+            self._idle.set()
+        return bool(batches)
 
     def _take(self) -> list[tuple[LiveEngine, list[_Taken]]]:
         """Return the most urgent batch (two where a late frame was dropped and the one behind it has another size)."""
@@ -119,9 +125,13 @@ class Stepper:
             if sum(map(len, groups.values())) >= first.engine.largest_batch and size is not None:
                 break
             step_s = seat.engine.cost_s(*size, session.ladder.level) if size is not None else 0.0
-            frame, level, answers = session.take(now, step_s)
-            for answer in answers:
-                seat.answer(answer)
+            try:
+                frame, level, answers = session.take(now, step_s)
+                for answer in answers:
+                    seat.answer(answer)
+            except Exception as error:
+                self._dismiss(seat, error)
+                continue
             if frame is None:
                 continue
             assert frame.rgb_HWC is not None
@@ -133,6 +143,13 @@ class Stepper:
         if not groups:
             self._wake.set()  # only answers came of it; something may be due all the same
         return [(batch[0].seat.engine, batch) for batch in groups.values()]
+
+    def _dismiss(self, seat: Seat, error: Exception) -> None:
+        """A defect in one stream ends that stream, not the one coroutine that steps them all."""
+        logger.error("stream %s cannot be stepped", seat.session.key, exc_info=error)
+        self.seats = {key: other for key, other in self.seats.items() if other is not seat}
+        seat.session.in_step = None
+        seat.failed(error)
 
     async def _step(self, engine: LiveEngine, batch: list[_Taken]) -> None:
         requests = [taken.request for taken in batch]
@@ -146,10 +163,16 @@ class Stepper:
                 taken.session_failed(error)
             return
         self.busy_s += seconds
-        self._telemetry.metrics.batch(engine.name, len(batch), seconds)
-        self._trace(engine, batch, began)
+        try:
+            self._telemetry.metrics.batch(engine.name, len(batch), seconds)
+            self._trace(engine, batch, began)
+        except Exception:
+            logger.exception("a step of %d streams could not be reported", len(batch))
         for taken in batch:
-            self._finish(taken, seconds)
+            try:
+                self._finish(taken, seconds)
+            except Exception as error:
+                self._dismiss(taken.seat, error)
 
     def _trace(self, engine: LiveEngine, batch: list[_Taken], began: float) -> None:
         tracer, traces = self._telemetry.tracer, [taken.frame.trace for taken in batch if taken.frame.trace is not None]

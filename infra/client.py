@@ -111,12 +111,18 @@ class LiveStream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        async with self._changed:  # whoever still waits in `send` or for an answer
+            self._closed = True
+            self._changed.notify_all()
         if self._wire is not None:
             with contextlib.suppress(Exception):
                 await self._wire.close()
 
     async def send(self, payload: bytes, *, pts: int | None = None, cut: bool = False, key: bool = False) -> int:
         """Send a frame in the stream's codec; returns its id. Waits while more than a window is under way.
+
+        Credit comes back with the answers that are taken: a program that sends more than one frame before it takes an
+        answer does so in two tasks.
 
         Args:
             pts: in units of your own; the id if None. It comes back with the answer.
@@ -266,8 +272,9 @@ class LiveStream:
         try:
             while True:
                 async with self._changed:
+                    await self._changed.wait_for(lambda: self._told or self._something_to_send())
                     try:
-                        async with asyncio.timeout(_TELL_S if self._told else None):
+                        async with asyncio.timeout(_TELL_S):
                             await self._changed.wait_for(self._something_to_send)
                     except TimeoutError:
                         if not self._told or self._wire is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from infra.protocol import DropReason, Flag, FrameHeader
@@ -34,6 +34,7 @@ class KeptFrames:
         self._in_groups, self._most_bytes = in_groups, most_bytes
         self._frames: dict[int, KeptFrame] = {}
         self._bytes = 0
+        self._passed_cut = False  # by a dropped frame, for the next one
         self.begins_at = 0  # no frame with a smaller id is needed, or there is none
 
     def __getitem__(self, id_: int) -> KeptFrame:
@@ -45,6 +46,9 @@ class KeptFrames:
 
     def add(self, frame: KeptFrame) -> None:
         """Keep a frame, newer than all others."""
+        if self._passed_cut:
+            _mark_cut(frame)
+            self._passed_cut = False
         self._frames[frame.header.id] = frame
         self._bytes += len(frame.payload)
         while self._bytes > self._most_bytes:
@@ -70,6 +74,12 @@ class KeptFrames:
         frame.answered = header
         if header.reason is not DropReason.NONE and not self._in_groups:
             self._remove(header.id)
+            if Flag.CUT in frame.header.flags:  # it counts for the next frame, wherever that is restored
+                following = self.first_from(header.id)
+                if following is None:
+                    self._passed_cut = True
+                else:
+                    _mark_cut(self._frames[following])
 
     def forget_below(self, id_: int) -> None:
         """Drop the frames that the service will not ask for again."""
@@ -98,6 +108,10 @@ class KeptFrames:
 
     def _remove(self, id_: int) -> None:
         self._bytes -= len(self._frames.pop(id_).payload)
+
+
+def _mark_cut(frame: KeptFrame) -> None:
+    frame.header = replace(frame.header, flags=frame.header.flags | Flag.CUT)
 
 
 def header_to_send(frame: KeptFrame, *, acknowledged: int, receipt: int) -> FrameHeader:

@@ -150,6 +150,10 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class _FromService(_Message):
+    model_config = ConfigDict(extra="ignore")  # newer services may say more
+
+
 class Lossless(_Message):
     """No frame is dropped: the client waits."""
 
@@ -216,7 +220,7 @@ class Hello(_Message):
     resume: Resume | None = None
 
 
-class Welcome(_Message):
+class Welcome(_FromService):
     """The answer to a hello.
 
     Attributes:
@@ -286,7 +290,7 @@ Control: TypeAlias = Annotated[Reset | Resize | AskStats | Delivered | Close, Fi
 _CONTROL: Final[TypeAdapter[Reset | Resize | AskStats | Delivered | Close]] = TypeAdapter(Control)
 
 
-class Stats(_Message):
+class Stats(_FromService):
     """The server's figures of a session; times in milliseconds."""
 
     type: Literal["stats"] = "stats"
@@ -301,21 +305,21 @@ class Stats(_Message):
     hand_offs: int
 
 
-class Durable(_Message):
+class Durable(_FromService):
     """From the server: all frames with a smaller id are durable; sent when no header is there to carry it."""
 
     type: Literal["durable"] = "durable"
     below: int
 
 
-class Granted(_Message):
+class Granted(_FromService):
     """From the server: as many frames may have been sent; sent when no header is there to carry it."""
 
     type: Literal["granted"] = "granted"
     frames: int
 
 
-class Drain(_Message):
+class Drain(_FromService):
     """From the server, before it closes with 1012: go on elsewhere, with the frame `resume_at`."""
 
     type: Literal["drain"] = "drain"
@@ -323,7 +327,7 @@ class Drain(_Message):
     resume_at: int
 
 
-class Closed(_Message):
+class Closed(_FromService):
     """The server's last words after a `Close`."""
 
     type: Literal["closed"] = "closed"

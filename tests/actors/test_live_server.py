@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import json
+import weakref
 from typing import Any
 
 import numpy as np
@@ -11,13 +14,15 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from actors.live_server import LiveConfig
+from actors import live_connection
+from actors.live_server import Guest, LiveConfig
+from actors.state_book import LocalStates
 from infra.blocking_client import BlockingStream
 from infra.client import LiveStream
 from infra.live_answer import LiveAnswer
-from infra.protocol import Deadline, DropReason, Flag, FrameHeader, Hello, Newest, dump
-from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, StateLost
-from tests.live_service import LiveService, live_service
+from infra.protocol import Deadline, DropReason, Flag, FrameHeader, Hello, Newest, Welcome, dump
+from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, ServiceFailure, StateLost
+from tests.live_service import LiveService, live_service, open_live_engine
 
 RAW = {"codec_in": "raw", "codec_out": "raw"}
 
@@ -239,6 +244,9 @@ def test_refused_by_what_it_would_cost() -> None:
     [
         ({"width": 4000, "height": 4000}, FrameTooLarge, "frame-too-large"),
         ({"width": 1900, "height": 1000, "codec_out": "raw"}, FrameTooLarge, "frame-too-large"),
+        ({"width": 1024, "height": 16, "out_height": 1100}, FrameTooLarge, "frame-too-large"),
+        ({"width": 1000, "height": 100, "out_height": 1700, "codec_out": "h264"}, FrameTooLarge, "frame-too-large"),
+        ({"width": 320, "height": 180, "out_height": 16384}, FrameTooLarge, "frame-too-large"),
         ({"width": 32, "height": 24, "model": "no-such"}, BadMessage, "model-unknown"),
     ],
 )
@@ -248,6 +256,19 @@ def test_hellos_that_are_refused(hello: dict[str, Any], kind: type, code: str) -
             async with LiveStream(service.url, Hello(**hello)):
                 pass
         assert caught.value.code == code and caught.value.remedy
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+def test_a_result_that_grows_beyond_the_limits_in_mid_stream_is_refused_before_it_is_made() -> None:
+    """The pixels of the frame are as agreed; by its shape its result would have 268 million."""
+
+    async def run(service: LiveService) -> None:
+        async with LiveStream(service.url, Hello(width=64, height=64, out_height=4096)) as stream:
+            await stream.send_picture(picture(0, 256, 16))
+            with pytest.raises(FrameTooLarge, match="Results of 65536x4096"):
+                await anext(stream)
 
     with live_service() as service:
         asyncio.run(run(service))
@@ -378,3 +399,207 @@ def test_health_and_models() -> None:
         service.call(service.server.drain())
         told = httpx.get(service.http + "/readyz")
         assert told.status_code == 503 and told.json()["code"] == "draining" and told.headers["retry-after"]
+
+
+def test_sizes_do_not_pile_up_behind_a_frame() -> None:
+    async def gate(hello: Hello, channel: Any) -> Guest:
+        return Guest("local", charge=lambda pixels, now: 60.0)  # the first frame waits for its tenant's rate
+
+    with live_service(gate=gate) as service:
+        size = '{"type":"size","width":16,"height":16}'
+        refusal, closed = asyncio.run(first_words(service, HELLO, FRAME, *[size] * 100))
+    assert (refusal["code"], closed) == ("controls-exceeded", 4429)
+
+
+def test_questions_for_figures_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that asks and does not read costs one answer, however often it asks."""
+    monkeypatch.setattr(live_connection, "_FLUSH_S", 0.2)
+
+    async def run(service: LiveService) -> None:
+        async with connect(service.url + "/v1/streams") as socket:
+            await socket.send(HELLO)
+            await socket.recv()
+            (connection,) = service.server.connections.values()
+
+            async def stall(message: str | bytes) -> None:
+                await asyncio.Event().wait()
+
+            connection._channel.send = stall  # type: ignore[method-assign]  # a socket that takes no more
+            for _ in range(500):
+                await socket.send('{"type":"stats"}')
+            await socket.send("{")  # refused, which shows that all the others were read
+            while not connection._failed.done() and service.server.connections:
+                assert connection._outbox.qsize() <= 1
+                await asyncio.sleep(0.01)
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+def test_a_client_that_does_not_read_is_sent_away_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket takes no more, not even the refusal: the stream and its tenant's place are free all the same."""
+    monkeypatch.setattr(live_connection, "_FLUSH_S", 0.3)
+    left: list[str] = []
+
+    async def gate(hello: Hello, channel: Any) -> Guest:
+        return Guest("local", leave=lambda: left.append("left"))
+
+    async def run(service: LiveService) -> None:
+        hello = dump(Hello(width=480, height=270, **RAW))
+        async with connect(service.url + "/v1/streams", max_size=None, max_queue=1) as socket:
+            await socket.send(hello)
+            granted = json.loads(await socket.recv())["granted"]
+            frame = picture(0, 480, 270).tobytes()
+            for id_ in range(granted):
+                await socket.send(FrameHeader(id_).pack(frame))  # answers of 6 MB each, never read
+            async with asyncio.timeout(10):
+                while not left:
+                    await asyncio.sleep(0.02)
+            assert not service.server.connections and not service.server.stepper.seats
+            socket.transport.abort()
+
+    with live_service(LiveConfig(unread_timeout_s=1.5), gate=gate) as service:
+        asyncio.run(run(service))
+
+
+def test_an_answer_that_no_frame_follows_is_acknowledged() -> None:
+    """A client that sends a frame now and then reads its answers, and is not sent away as one that does not."""
+
+    async def run(service: LiveService) -> None:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+            await stream.send_picture(picture(0))
+            await anext(stream)
+            (connection,) = service.server.connections.values()
+            async with asyncio.timeout(5):
+                while connection.session.outstanding:
+                    await asyncio.sleep(0.02)
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+def test_leaving_the_stream_ends_a_send_that_waits_for_credit() -> None:
+    async def run(service: LiveService) -> None:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+
+            async def send() -> None:
+                for number in range(100):  # nobody takes the answers: it has to wait
+                    await stream.send_picture(picture(number))
+
+            sending = asyncio.create_task(send())
+            while stream._backlog() < stream._window:
+                await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            with pytest.raises(ServiceFailure, match="closed"):
+                await sending
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+def test_a_client_ignores_what_a_newer_service_says() -> None:
+    told = dict.fromkeys(("epoch", "resume_at", "granted", "max_message_bytes", "width", "height"), 1)
+    told |= {"out_width": 1, "out_height": 1, "idle_timeout_s": 1, "max_life_s": 1, "resumable": 1, "news": "more"}
+    Welcome(**told, session="s", resume_token="t", model="m", model_sha256="0")  # type: ignore[arg-type]
+
+
+def test_more_streams_than_there_is_room_for_do_not_slip_in_together() -> None:
+    """While the keeper of states takes its time, others may come in: room is looked for again."""
+
+    class SlowStates(LocalStates):
+        waiting = 0
+
+        async def open(self, *arguments: Any) -> str:
+            self.waiting += 1
+            while self.waiting < 4:
+                await asyncio.sleep(0.01)
+            return await super().open(*arguments)
+
+    async def run(service: LiveService) -> list[str]:
+        async with contextlib.AsyncExitStack() as stack:
+            sockets = [await stack.enter_async_context(connect(service.url + "/v1/streams")) for _ in range(4)]
+            for socket in sockets:
+                await socket.send(HELLO)
+            answers = [json.loads(await socket.recv()) for socket in sockets]
+            assert len(states.book) == 1  # what was entered for those that were refused is gone
+            return [answer["type"] for answer in answers]
+
+    states = SlowStates()
+    with live_service(LiveConfig(most_sessions=1), states=states) as service:
+        assert sorted(asyncio.run(run(service))) == ["refused"] * 3 + ["welcome"]
+
+
+def test_a_model_that_is_replaced_serves_its_streams_to_their_end_and_is_freed() -> None:
+    new = open_live_engine("stand-in:1")
+    new.model_sha256 = new.pipe.model_sha256 = "another"
+
+    async def run(service: LiveService) -> None:
+        (old,) = service.server.engines.values()
+        sha256, freed = old.model_sha256, weakref.ref(old)
+        hello = Hello(width=32, height=24, model=old.name, **RAW)
+        async with LiveStream(service.url, hello) as first, LiveStream(service.url, hello) as other:
+            service.server.engines.clear()
+            service.server.engines[new.name] = new
+            old = None
+            for number in range(3):
+                await first.send_picture(picture(number))
+                assert (await anext(first)).header.index == number
+            first._wire._socket.transport.abort()  # type: ignore[union-attr]
+            await first.send_picture(picture(3))  # the model is still here: the other stream has it
+            assert (await anext(first)).header.index == 3
+            assert first.welcome.model_sha256 == sha256 != new.model_sha256 and first.restarts == 0
+            await other.close()
+            assert [answer async for answer in other] == []
+            await first.close()
+            assert [answer async for answer in first] == []
+        async with asyncio.timeout(10):
+            while freed() is not None:
+                gc.collect()
+                await asyncio.sleep(0.05)
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as later:
+            assert later.welcome.model_sha256 == new.model_sha256
+
+    with live_service() as service:
+        asyncio.run(run(service))
+
+
+def test_a_stream_whose_model_is_gone_begins_anew_and_says_so() -> None:
+    """Handed over to a replica that has another model only."""
+
+    async def run(service: LiveService, next_one: LiveService) -> None:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+            for number in range(3):
+                await stream.send_picture(picture(number))
+                await anext(stream)
+            stream._url = next_one.url
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(service.server.drain(), service._loop))
+            await stream.send_picture(picture(3))
+            answer = await anext(stream)
+            assert (answer.id, answer.header.index) == (3, 0) and Flag.RESET in answer.header.flags
+            assert stream.restarts == 1 and stream.hand_overs == 0
+
+    states = LocalStates()
+    other = open_live_engine("stand-in:1")
+    other.model_sha256 = other.pipe.model_sha256 = "another"
+    with live_service(states=states) as service, live_service(states=states, engine=other) as next_one:
+        asyncio.run(run(service, next_one))
+
+
+def test_a_defect_in_one_stream_does_not_stop_the_others() -> None:
+    async def run(service: LiveService) -> None:
+        hello = Hello(width=32, height=24, **RAW)
+        async with LiveStream(service.url, hello) as bad, LiveStream(service.url, hello) as good:
+            session = next(
+                one.session for key, one in service.server.connections.items() if key.session == bad.welcome.session
+            )
+            session.stepped = None  # type: ignore[assignment,method-assign]  # whatever breaks in it
+            await bad.send_picture(picture(0))
+            assert (await anext(bad)).header.index == 0  # it began anew in another session
+            assert bad.restarts == 1
+            for number in range(3):
+                await good.send_picture(picture(number))
+                async with asyncio.timeout(10):
+                    assert is_restored(await anext(good), number)
+
+    with live_service() as service:
+        asyncio.run(run(service))

@@ -254,3 +254,48 @@ def test_every_frame_is_answered_once_and_in_order(policy: Any, moves: list[tupl
     assert answered == sent
     if isinstance(policy, Lossless):
         assert not stream.totals.dropped
+
+
+def test_a_frame_sent_again_cannot_ask_for_more_steps_than_there_are() -> None:
+    stream = session(resume_at=0, received=9)
+    with pytest.raises(BadMessage, match="level 200"):
+        offer(stream, 0, level=200)
+    with pytest.raises(BadMessage, match=str(2**64 - 1)):
+        offer(stream, 2**64 - 1)
+
+
+def test_what_was_left_out_on_resumption_is_no_gap() -> None:
+    stream = session(Newest(), resume_at=4, received=8, epoch=2)
+    assert not [id_ for id_ in (4, 7, 8) if Flag.GAP in offer(stream, id_).flags]  # 5 and 6 were answered as dropped
+    assert Flag.GAP in offer(stream, 10).flags
+
+
+@pytest.mark.parametrize("reason", [DropReason.UNDECODABLE, DropReason.RATE])
+def test_a_cut_on_a_frame_without_a_picture_counts_for_the_next_one(reason: DropReason) -> None:
+    stream = session()
+    frame = stream.arrive(FrameHeader(0, flags=Flag.CUT), 0.0)
+    frame.reason = reason
+    stream.wait(frame)
+    step(stream)
+    offer(stream, 1)
+    taken, *_ = stream.take(0.0, 0.0)
+    assert taken is not None and Flag.CUT in taken.flags
+
+
+def test_a_cut_on_a_frame_that_only_the_decoder_needs_again_counts_for_the_next_one() -> None:
+    stream = session(Newest(), resume_at=2, received=5, epoch=2)
+    for id_ in (1, 3):  # before the state, and dropped after it
+        frame = stream.arrive(FrameHeader(id_, flags=Flag.CUT, reason=DropReason.NEWER), 0.0)
+        assert frame.decode_only
+        stream.release(frame)
+        offered = stream.arrive(FrameHeader(id_ + 1), 0.0)
+        stream.wait(offered)
+        assert (Flag.CUT in offered.flags) == (id_ == 3)
+
+
+def test_a_newest_stream_grows_more_urgent_the_longer_it_waits() -> None:
+    stream = session(Newest())
+    offer(stream, 0, now=0.0)
+    offer(stream, 1, now=5.0)
+    due = stream.due()
+    assert due is not None and due < 5.0
