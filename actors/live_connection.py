@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, assert_never, cast
 
 from actors.errors import describe_failure
 from actors.frame_codec import FrameDecoder, FrameEncoder, Undecodable, open_decoder, open_encoder
-from actors.live_channel import Channel
+from actors.live_channel import Channel, say_and_close
 from actors.live_report import StreamReport
 from actors.pictures import resize
 from actors.session import Answer, Incoming, Session, SessionState
@@ -24,11 +24,12 @@ from actors.state_book import StateStore
 from actors.state_saver import StateSaver
 from actors.stepper import Seat, Stepper
 from infra import protocol
-from infra.protocol import DropReason, Flag, FrameHeader, Lossless
+from infra.protocol import HEADER_BYTES, DropReason, Flag, FrameHeader, Lossless
 from infra.refusals import (
     NORMAL_CLOSURE,
     SERVICE_RESTART,
     FrameTooLarge,
+    RateExceeded,
     Refusal,
     ServiceFailure,
     StateLost,
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 _WATCH_S: Final = 0.25
 _FLUSH_S: Final = 5.0
 _CREDENTIALS_S: Final = 2.0
+_SPARE_CONTROLS: Final = 16
 _FIRST: Final = asyncio.FIRST_COMPLETED
 _T = TypeVar("_T")
 
@@ -64,7 +66,8 @@ class LiveConnection:
     """See the module; `run` is the whole life of a stream on this replica.
 
     Args:
-        charge: takes the pixels of a frame that came, returns after how many seconds to try again; 0: charged.
+        charges: the first takes the pixels of a frame that came, the second the bytes of its message; each returns
+            after how many seconds to try again; 0: charged.
         may_stay: whether the credentials still hold; may block.
         state_interval_s: between two snapshots of the state.
     """
@@ -78,7 +81,7 @@ class LiveConnection:
         stepper: Stepper,
         states: StateStore,
         codecs: Executor,
-        charge: Callable[[int, float], float],
+        charges: tuple[Callable[[int, float], float], Callable[[int, float], float]],
         may_stay: Callable[[], bool],
         max_message_bytes: int,
         state_interval_s: float,
@@ -87,18 +90,19 @@ class LiveConnection:
     ) -> None:
         self.session, self.engine = session, engine
         self._channel, self._stepper, self._states, self._codecs = channel, stepper, states, codecs
-        self._charge, self._may_stay, self._clock = charge, may_stay, clock
+        self._charges, self._may_stay, self._clock = charges, may_stay, clock
         self._max_message_bytes = max_message_bytes
         hello = session.hello
         self._decoder: FrameDecoder = open_decoder(
             hello.codec_in, hello.width, hello.height, max_pixels=hello.width * hello.height
         )
         self._encoder: FrameEncoder = open_encoder(hello.codec_out, quality=hello.quality, fps=hello.fps)
-        self._outbox: asyncio.Queue[Answer | str] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Answer | str | protocol.AskStats] = asyncio.Queue()
         self._intake: asyncio.Queue[tuple[Incoming, memoryview] | protocol.Resize | protocol.Close] = asyncio.Queue()
         self._undecoded: dict[int, Incoming] = {}
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._unsent = 0  # answers in the outbox or at the encoder
+        self._controls = 0  # the client's control messages that wait in a queue; frames are counted by the session
         self._told_granted = session.granted
         self._told_durable = session.durable_below
         self._moved = asyncio.Event()  # something was sent, or freed without an answer
@@ -155,7 +159,7 @@ class LiveConnection:
             await self._forget()
             totals = session.totals
             last = protocol.Closed(frames_in=totals.frames_in, frames_out=totals.frames_out)
-            await self._say_and_close(protocol.dump(last), NORMAL_CLOSURE, "closed")
+            await say_and_close(self._channel, protocol.dump(last), NORMAL_CLOSURE, "closed")
         elif isinstance(error, _Drained):
             await self._hand_over()
         elif isinstance(error, _ClientGone):
@@ -176,7 +180,7 @@ class LiveConnection:
                 await self._flush()
         await self._saver.save_last()
         drain = protocol.Drain(session=session.key.session, resume_at=session.stepped_below)
-        await self._say_and_close(protocol.dump(drain), SERVICE_RESTART, "drain")
+        await say_and_close(self._channel, protocol.dump(drain), SERVICE_RESTART, "drain")
         session.move(SessionState.CLOSED)
 
     async def _refuse(self, error: BaseException) -> None:
@@ -192,7 +196,7 @@ class LiveConnection:
             await self._forget()
         self.report.ended("refused", error)
         logger.info("stream %s is refused: %s", session.key, error.code)
-        await self._say_and_close(protocol.dump_refusal(error), error.close_code, error.code)
+        await say_and_close(self._channel, protocol.dump_refusal(error), error.close_code, error.code)
 
     async def _forget(self) -> None:
         """Have the stream's states wiped out; if that fails, they expire."""
@@ -200,13 +204,6 @@ class LiveConnection:
             await self._states.close(self.session.key, self.session.epoch)
         except Exception as error:
             logger.warning("stream %s: its states are kept until they expire: %s", self.session.key, error)
-
-    async def _say_and_close(self, message: str, code: int, reason: str) -> None:
-        try:
-            await self._channel.send(message)
-            await self._channel.close(code, reason)
-        except Exception as error:  # the client may have gone meanwhile; there is nobody to tell
-            logger.debug("stream %s: the last message was not sent: %s", self.session.key, error)
 
     async def _step_out(self) -> None:
         """Take no more frames, and wait for the one in hand."""
@@ -263,15 +260,30 @@ class LiveConnection:
                 self.session.mark_cut()
             case protocol.Resize():
                 self._require_agreed(message.width, message.height)
+                self._count_control()
                 self._intake.put_nowait(message)
             case protocol.AskStats():
-                self._outbox.put_nowait(protocol.dump(self.session.stats()))
+                self._count_control()
+                self._outbox.put_nowait(message)
             case protocol.Delivered():
                 self._acknowledge(message.below, message.receipt)
             case protocol.Close():
+                self._count_control()
                 self._intake.put_nowait(message)
             case _:
                 assert_never(message)
+
+    def _count_control(self) -> None:
+        """Control messages need no credit, so what waits of them has a bound of its own."""
+        most = self.session.limits.window + _SPARE_CONTROLS
+        if self._controls >= most:
+            raise RateExceeded(
+                f"{self._controls} control messages wait already.",
+                code="control-flood",
+                limit=f"{most} control messages",
+                remedy="Wait for the answer before asking again, and read what the service sends.",
+            )
+        self._controls += 1
 
     def _require_agreed(self, width: int, height: int) -> None:
         agreed = self.session.hello.width * self.session.hello.height
@@ -299,25 +311,27 @@ class LiveConnection:
         while True:
             item = await self._intake.get()
             if isinstance(item, protocol.Resize):
+                self._controls -= 1
                 self._decoder.resize(item.width, item.height)
             elif isinstance(item, protocol.Close):
                 await self._finish_all()
                 return
             else:
                 frame, payload = item
-                await self._charge_for(frame)
+                await self._charge_for(frame, HEADER_BYTES + len(payload))
                 if frame.reason is DropReason.NONE or self.session.hello.codec_in == "h264":
                     await self._decode(frame, payload)
                 else:
                     self._take_place(frame)
 
-    async def _charge_for(self, frame: Incoming) -> None:
+    async def _charge_for(self, frame: Incoming, size_bytes: int) -> None:
         hello = self.session.hello
-        while not frame.replayed and (early_s := self._charge(hello.width * hello.height, self._clock())) > 0:
-            if not isinstance(hello.policy, Lossless):
-                frame.reason = DropReason.RATE
-                return
-            await asyncio.sleep(early_s)
+        for charge, amount in zip(self._charges, (hello.width * hello.height, size_bytes), strict=True):
+            while not frame.replayed and (early_s := charge(amount, self._clock())) > 0:
+                if not isinstance(hello.policy, Lossless):
+                    frame.reason = DropReason.RATE
+                    return
+                await asyncio.sleep(early_s)
 
     async def _finish_all(self) -> None:
         for decoded in await self._in_pool(self._decoder.flush):
@@ -376,6 +390,10 @@ class LiveConnection:
     async def _write(self) -> None:
         while True:
             item = await self._outbox.get()
+            if isinstance(item, protocol.AskStats):
+                await self._channel.send(protocol.dump(self.session.stats()))
+                self._controls -= 1
+                continue
             if not isinstance(item, Answer):
                 await self._channel.send(item)
                 continue

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from actors.admission import Admission
 from actors.frame_codec import largest_message_bytes
 from actors.hardware import usable_cores
-from actors.live_channel import Channel
+from actors.live_channel import Channel, say_and_close
 from actors.live_connection import LiveConnection
 from actors.live_figures import Board, MetricsDesk
 from actors.session import Session, SessionKey, SessionLimits, SessionState, window_for
@@ -82,12 +82,14 @@ class Guest:
     Attributes:
         tenant: its name.
         charge: takes the pixels of a frame and the time, returns after how many seconds to try again; 0: charged.
+        charge_bytes: the same with the bytes of its message.
         leave: gives back what the stream took of the tenant's limits.
         may_stay: whether the tenant's credentials still hold; may block.
     """
 
     tenant: str
     charge: Callable[[int, float], float] = lambda pixels, now: 0.0
+    charge_bytes: Callable[[int, float], float] = lambda size_bytes, now: 0.0
     leave: Callable[[], None] = lambda: None
     may_stay: Callable[[], bool] = lambda: True
 
@@ -255,7 +257,7 @@ class LiveServer:
             stepper=self.stepper,
             states=self._states,
             codecs=self._codecs,
-            charge=guest.charge,
+            charges=(guest.charge, guest.charge_bytes),
             may_stay=guest.may_stay,
             max_message_bytes=min(limit, channel.message_limit),
             state_interval_s=config.state_interval_s,
@@ -351,8 +353,4 @@ class LiveServer:
         self.telemetry.metrics.refused(type(refusal).__name__, refusal.code)
         if isinstance(refusal, StateLost):
             self.telemetry.metrics.handed_off("lost")
-        try:
-            await channel.send(protocol.dump_refusal(refusal))
-            await channel.close(refusal.close_code, refusal.code)
-        except Exception as error:
-            logger.debug("a refusal was not sent: %s", error)
+        await say_and_close(channel, protocol.dump_refusal(refusal), refusal.close_code, refusal.code)
