@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from actors.gate import SettingsGate
 
 
-def tenant_with(get_gate: Callable[[], "SettingsGate"], scope: Scope) -> Callable[[Request], Awaitable[Tenant]]:
-    """Return a FastAPI dependency: the tenant of a request, whose credentials must be good for `scope`.
+def tenant_with(get_gate: Callable[[], "SettingsGate"], scope: Scope | None) -> Callable[[Request], Awaitable[Tenant]]:
+    """Return a FastAPI dependency: the tenant of a request, whose credentials must be good for `scope`; None: any.
 
     It raises the refusals of `SettingsGate.tenant_of`.
     """
@@ -75,5 +75,16 @@ def add_service_routes(
         return EngineLease(server, server.engine_named(options.model))
 
     restore_tenant = tenant_with(get_gate, Scope.RESTORE)
-    app.include_router(make_restore_router(restore_tenant, open_step, uploads))
-    app.include_router(make_jobs_router(tenant_with(get_gate, Scope.JOBS), jobs))
+    app.include_router(
+        make_restore_router(
+            restore_tenant,
+            open_step,
+            uploads,
+            most_bytes=lambda tenant: get_gate().accounts.limits(tenant).upload_bytes,
+            take_place=lambda tenant: get_gate().accounts.open_job(tenant),
+        )
+    )
+    jobs_tenant = tenant_with(get_gate, Scope.JOBS)
+    app.include_router(
+        make_jobs_router(jobs_tenant, jobs, most_jobs=lambda name: get_gate().settings.limits_of(name).jobs)
+    )
