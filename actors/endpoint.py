@@ -69,6 +69,7 @@ def _build(told: dict[str, Any]) -> FastAPI:
     app = make_app(
         lambda: endpoint().server,
         origins=origin_policy_for(settings),
+        admit=tenant_with(lambda: endpoint().gate, None),
         admit_scrape=tenant_with(lambda: endpoint().gate, Scope.ADMIN),
     )
     add_service_routes(

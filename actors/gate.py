@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from actors.live_server import Guest
 from infra.auth import client_address
 from infra.listening import authenticator_for, origin_policy_for
+from infra.refusals import FrameTooLarge
 from infra.tenants import Accounts, Scope, Tenant, require
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class SettingsGate:
         presented = channel.headers if given.api_key is None and given.token is None else given
         tenant = await self._tenant(presented, channel.headers, channel.peer)
         require(tenant, Scope.LIVE)
+        self._require_sides(hello.width, hello.height)
         self.accounts.check_frame(tenant, hello.width, hello.height)
         lease = self.accounts.open_session(tenant)
         return Guest(
@@ -59,18 +61,30 @@ class SettingsGate:
             may_stay=lambda: self.authenticator.still_admits(tenant),
         )
 
-    async def tenant_of(self, headers: Mapping[str, str], peer: str | None, scope: Scope) -> Tenant:
+    def _require_sides(self, width: int, height: int) -> None:
+        least, greatest = self.settings.least_side, self.settings.greatest_side
+        if not (least <= min(width, height) and max(width, height) <= greatest):
+            raise FrameTooLarge(
+                f"Frames of {width}x{height} have a side that is not served.",
+                code="frame-sides",
+                limit=f"{least} to {greatest} pixels a side",
+                remedy="Send frames of another size.",
+            )
+
+    async def tenant_of(self, headers: Mapping[str, str], peer: str | None, scope: Scope | None) -> Tenant:
         """Return whose request this is.
 
         Args:
-            headers: of the request, names in lower case. peer: address of the connection. scope: what it needs.
+            headers: of the request, names in lower case. peer: address of the connection.
+            scope: what it needs; None: any credentials will do.
 
         Raises:
             Unauthorized, Forbidden, RateExceeded: not this one, or not now.
         """
         self.origins.check(origin=headers.get("origin"), host=headers.get("host"))
         tenant = await self._tenant(headers, headers, peer)
-        require(tenant, scope)
+        if scope is not None:
+            require(tenant, scope)
         return tenant
 
     async def _tenant(

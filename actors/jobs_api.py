@@ -98,14 +98,20 @@ class JobList(BaseModel):
     jobs: list[Job]
 
 
-def make_router(tenant_dependency: Callable[..., Any], settings: JobsSettings) -> APIRouter:
+def make_router(
+    tenant_dependency: Callable[..., Any],
+    settings: JobsSettings,
+    *,
+    most_jobs: Callable[[str], int] | None = None,
+) -> APIRouter:
     """Return the four routes.
 
     Args:
         tenant_dependency: FastAPI's, gives the tenant (something with a `name`) or raises a `Refusal`.
+        most_jobs: of a tenant, by its name, that have not ended; None: as the rules say, for all the same.
     """
     router = APIRouter(route_class=RefusingRoute, prefix="/v1/jobs", tags=["jobs"], responses=RESPONSES)
-    tenants_jobs = _TenantsJobs(settings)
+    tenants_jobs = _TenantsJobs(settings, most_jobs or (lambda _: settings.rules.jobs_per_tenant))
 
     # Not `async`: these wait for the job server and for storage, so FastAPI gives them a thread.
 
@@ -131,8 +137,8 @@ def make_router(tenant_dependency: Callable[..., Any], settings: JobsSettings) -
 class _TenantsJobs:
     """The jobs of a cluster, tenant by tenant. The only way to a job goes through its tenant."""
 
-    def __init__(self, settings: JobsSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: JobsSettings, most_jobs: Callable[[str], int]) -> None:
+        self._settings, self._most_jobs = settings, most_jobs
         self._server: JobServer | None = None
         self._starting = threading.Lock()  # counting and starting are one act
 
@@ -143,11 +149,12 @@ class _TenantsJobs:
         metadata = {_TENANT: tenant, "source": request.source, "destination": request.destination}
         with self._starting:
             open_jobs = sum(info.state not in ENDED for info in self.of(tenant))
-            if open_jobs >= rules.jobs_per_tenant:
+            most = self._most_jobs(tenant)
+            if open_jobs >= most:
                 raise RateExceeded(
                     f"{open_jobs} jobs have not ended yet.",
                     code="jobs-full",
-                    limit=f"{rules.jobs_per_tenant} jobs",
+                    limit=f"{most} jobs",
                     remedy="Wait for one to end, or stop one.",
                     retry_after_s=_RETRY_AFTER_S,
                 )

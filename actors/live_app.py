@@ -9,24 +9,32 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
+from actors.api_document import DESCRIPTION, tell_of_credentials
 from actors.live_server import LiveServer
 from actors.page_routes import add_page
+from actors.refusing_route import RESPONSES
+from actors.request_head import RequestHeadLimits
 from infra.origins import OriginPolicy
 from infra.protocol import SUBPROTOCOL, WEBSOCKET_MESSAGE_LIMIT
-from infra.refusals import AdmissionRefused, BadMessage, Refusal
+from infra.refusals import AdmissionRefused, BadMessage, Refusal, ServiceFailure
 
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
+_UNSERVED: Final = {
+    404: ("not-found", "Nothing is at this address."),
+    405: ("method-not-allowed", "This address does not have this method."),
+}
 _LONGEST_REASON = 120  # bytes: RFC 6455, section 5.5, leaves 123 for a close frame's reason
 
 
@@ -55,18 +63,6 @@ class Health(BaseModel):
 
     status: str
     streams: int = 0
-
-
-class Problem(BaseModel):
-    """Why something was refused: see `infra.refusals.Refusal`."""
-
-    type: str = "refused"
-    kind: str
-    code: str
-    message: str
-    limit: str
-    remedy: str
-    retry_after_s: float | None
 
 
 class WebSocketChannel:
@@ -124,6 +120,7 @@ def make_app(
     get_server: Callable[[], LiveServer],
     *,
     origins: OriginPolicy | None = None,
+    admit: Callable[[Request], Awaitable[object]] | None = None,
     admit_scrape: Callable[[Request], Awaitable[object]] | None = None,
 ) -> FastAPI:
     """Return the application.
@@ -131,18 +128,22 @@ def make_app(
     Args:
         get_server: returns the replica's server; asked at each request, because the application is made before it.
         origins: whose pages may use it; None: only its own.
-        admit_scrape: raises a refusal for those who may not see the metrics; None: everybody may.
+        admit: raises a refusal for those who may not see what models there are; None: everybody may.
+        admit_scrape: the same, of the metrics.
     """
     app = FastAPI(
         title="Upriver",
         summary="Live video super-resolution: each frame is restored from the frames before it.",
+        description=DESCRIPTION,
         version="1",
         docs_url=None,  # its page loads scripts from elsewhere; the document itself is at /openapi.json
         redoc_url=None,
-        responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
+        responses=RESPONSES,
     )
+    tell_of_credentials(app, open_paths=("/healthz", "/readyz"))
 
     app.add_middleware(CORSMiddleware, **(origins or OriginPolicy()).cors_arguments())
+    app.add_middleware(RequestHeadLimits)  # the outermost: nobody else has to read what is too large
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:
@@ -155,6 +156,18 @@ def make_app(
         return problem(
             BadMessage(f"{place} is not possible: {first['msg']}.", code="bad-request", remedy="See GET /openapi.json.")
         )
+
+    @app.exception_handler(HTTPException)
+    async def unserved(request: Request, error: HTTPException) -> Response:
+        """No such address, or another method than it has: told in the one shape that refusals have."""
+        code, message = _UNSERVED.get(error.status_code, ("bad-request", "The request is not possible."))
+        refusal = BadMessage(message, code=code, remedy="See GET /openapi.json.")
+        return JSONResponse(refusal.to_message(), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        """What nobody foresaw: logged by the server with its traceback, which the client never sees."""
+        return problem(ServiceFailure("The request failed.", remedy="Try again; if it lasts, tell the operator."))
 
     add_page(app, PAGE)
 
@@ -172,7 +185,9 @@ def make_app(
         return Health(status="ok", streams=len(server.connections))
 
     @app.get("/v1/models", summary="The models that streams can ask for")
-    async def models() -> Models:
+    async def models(request: Request) -> Models:
+        if admit is not None:
+            await admit(request)
         cards = []
         for number, engine in enumerate(get_server().engines.values()):
             step_ms = {str(steps): round(1000 * engine.cost_s(180, 320, steps), 3) for steps in (4, 2, 1)}

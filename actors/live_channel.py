@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Final, Protocol
+
+logger = logging.getLogger(__name__)
+
+FAREWELL_S: Final = 2.0
 
 
 class Channel(Protocol):
@@ -28,3 +34,16 @@ class Channel(Protocol):
 
     async def close(self, code: int, reason: str) -> None:
         """Close the stream; once."""
+
+
+async def say_and_close(channel: Channel, message: str, code: int, reason: str) -> None:
+    """Send the last message and close, for at most `FAREWELL_S`; never raises but for a cancellation.
+
+    A client that reads nothing would otherwise keep its stream, and the stream's place, for as long as it likes.
+    """
+    try:
+        async with asyncio.timeout(FAREWELL_S):
+            await channel.send(message)
+            await channel.close(code, reason)
+    except Exception as error:  # the client may have gone meanwhile, or does not read; there is nobody to tell
+        logger.debug("the last message was not sent: %r", error)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, assert_never, cast
 
 from actors.errors import describe_failure
 from actors.frame_codec import FrameDecoder, FrameEncoder, Undecodable, open_decoder, open_encoder
-from actors.live_channel import Channel
+from actors.live_channel import Channel, say_and_close
 from actors.live_report import StreamReport
 from actors.pictures import resize
 from actors.session import Answer, Incoming, Session, SessionState
@@ -162,7 +162,7 @@ class LiveConnection:
             await self._forget()
             totals = session.totals
             last = protocol.Closed(frames_in=totals.frames_in, frames_out=totals.frames_out)
-            await self._say_and_close(protocol.dump(last), NORMAL_CLOSURE, "closed")
+            await say_and_close(self._channel, protocol.dump(last), NORMAL_CLOSURE, "closed")
         elif isinstance(error, _Drained):
             await self._hand_over()
         elif isinstance(error, _ClientGone):
@@ -183,7 +183,7 @@ class LiveConnection:
                 await self._flush()
         await self._saver.save_last()
         drain = protocol.Drain(session=session.key.session, resume_at=session.stepped_below)
-        await self._say_and_close(protocol.dump(drain), SERVICE_RESTART, "drain")
+        await say_and_close(self._channel, protocol.dump(drain), SERVICE_RESTART, "drain")
         session.move(SessionState.CLOSED)
 
     async def _refuse(self, error: BaseException) -> None:
@@ -199,7 +199,7 @@ class LiveConnection:
             await self._forget()
         self.report.ended("refused", error)
         logger.info("stream %s is refused: %s", session.key, error.code)
-        await self._say_and_close(protocol.dump_refusal(error), error.close_code, error.code)
+        await say_and_close(self._channel, protocol.dump_refusal(error), error.close_code, error.code)
 
     async def _forget(self) -> None:
         """Have the stream's states wiped out; if that fails, they expire."""
@@ -207,14 +207,6 @@ class LiveConnection:
             await self._states.close(self.session.key, self.session.epoch)
         except Exception as error:
             logger.warning("stream %s: its states are kept until they expire: %s", self.session.key, error)
-
-    async def _say_and_close(self, message: str, code: int, reason: str) -> None:
-        try:
-            async with asyncio.timeout(_FLUSH_S):  # a client that does not read does not keep its stream's place
-                await self._channel.send(message)
-                await self._channel.close(code, reason)
-        except Exception as error:  # the client may have gone meanwhile; there is nobody to tell
-            logger.debug("stream %s: the last message was not sent: %s", self.session.key, error)
 
     async def _step_out(self) -> None:
         """Take no more frames, and wait for the one in hand."""

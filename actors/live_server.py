@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from actors.admission import Admission
 from actors.frame_codec import check_result, largest_message_bytes
 from actors.hardware import usable_cores
-from actors.live_channel import Channel
+from actors.live_channel import Channel, say_and_close
 from actors.live_connection import Charge, LiveConnection
 from actors.live_figures import Board, MetricsDesk
 from actors.session import Session, SessionKey, SessionLimits, SessionState, window_for
@@ -397,8 +397,4 @@ class LiveServer:
         self.telemetry.metrics.refused(type(refusal).__name__, refusal.code)
         if isinstance(refusal, StateLost):
             self.telemetry.metrics.handed_off("lost")
-        try:
-            await channel.send(protocol.dump_refusal(refusal))
-            await channel.close(refusal.close_code, refusal.code)
-        except Exception as error:
-            logger.debug("a refusal was not sent: %s", error)
+        await say_and_close(channel, protocol.dump_refusal(refusal), refusal.close_code, refusal.code)

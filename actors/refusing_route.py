@@ -5,6 +5,7 @@ So do bad parameters and a cluster that does not answer: clients have one shape 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Literal
@@ -13,15 +14,19 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
+from starlette.types import Message
 
 from actors.duplex_response import refusal_headers
 from infra.errors import CodedError, InfraError
-from infra.refusals import AdmissionRefused, BadMessage, Refusal, ServiceFailure
+from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, Refusal, ServiceFailure, TimedOut
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S: Final = 10.0
+LARGEST_BODY: Final = 64 * 1024  # of a request that is read as a whole; uploads are streams and have their own limits
+BODY_TIMEOUT_S: Final = 10.0
 
 
 class Refused(BaseModel):
@@ -50,6 +55,8 @@ class RefusingRoute(APIRoute):
 
         async def handled(request: Request) -> Response:
             try:
+                if self.body_field is not None:
+                    request = await _with_body(request)
                 return await handle(request)
             except Refusal as refusal:
                 return refusal_response(refusal)
@@ -57,8 +64,47 @@ class RefusingRoute(APIRoute):
                 return refusal_response(_explained(error))
             except InfraError as error:
                 return refusal_response(_unavailable(error))
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody is there to read it
 
         return handled
+
+
+async def _with_body(request: Request) -> Request:
+    """Return the request with its body read: FastAPI reads it before anybody is asked who he is, and without bound.
+
+    Raises:
+        FrameTooLarge: it has more than `LARGEST_BODY`. TimedOut: it did not come.
+    """
+    content = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for piece in request.stream():
+                content += piece
+                if len(content) > LARGEST_BODY:
+                    raise FrameTooLarge(
+                        f"The body has more than {LARGEST_BODY} bytes.",
+                        code="body-too-large",
+                        limit=f"{LARGEST_BODY} bytes",
+                        remedy="Send a smaller request; it is no place for a video.",
+                    )
+    except TimeoutError:
+        raise TimedOut(
+            f"The body did not come within {BODY_TIMEOUT_S:g} s.",
+            code="body-late",
+            limit=f"{BODY_TIMEOUT_S:g} s",
+            remedy="Send the request at once.",
+        ) from None
+    told = False
+
+    async def receive() -> Message:
+        nonlocal told
+        if told:
+            return await request.receive()
+        told = True
+        return {"type": "http.request", "body": bytes(content), "more_body": False}
+
+    return Request(request.scope, receive)
 
 
 def refusal_response(refusal: Refusal) -> JSONResponse:

@@ -6,7 +6,7 @@ Knows HTTP, and who may have how many uploads at a time; the video is `upload`'s
 # No postponed annotations here: FastAPI evaluates them, and cannot see what is local to `make_router`.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Query, Response
@@ -41,17 +41,26 @@ def make_router(
     tenant_dependency: Callable[..., Any],
     open_step: OpenStep,
     settings: UploadSettings,
+    *,
     most_bytes: Callable[[Any], int] | None = None,
+    take_place: Callable[[Any], AbstractContextManager[object]] = lambda tenant: nullcontext(),
 ) -> APIRouter:
     """Return the route.
 
     Args:
         tenant_dependency: FastAPI's, gives the tenant or raises a `Refusal`; what it gives is passed to `open_step`.
         open_step: lends a place in the model to an upload that was looked at and accepted.
-        most_bytes: of a tenant's upload; None: `max_bytes` of the settings.
+        most_bytes: of an upload of a tenant; None: as the settings say, for all the same.
+        take_place: counts an upload of a tenant until it is left; raises a `Refusal` if that would be too many.
     """
     router = APIRouter(route_class=RefusingRoute, tags=["restore"])
     places = UploadPlaces(settings.max_uploads)
+
+    @asynccontextmanager
+    async def restored(body: BytePipe, tenant: Any, options: UploadOptions) -> AsyncIterator[Answer]:
+        with take_place(tenant):
+            async with _restored(body, tenant, options, open_step, settings, places) as answer:
+                yield answer
 
     @router.post(
         "/v1/restore",
@@ -73,7 +82,7 @@ def make_router(
         options: Annotated[UploadOptions, Query()], tenant: Annotated[Any, Depends(tenant_dependency)]
     ) -> Response:
         return DuplexResponse(
-            lambda body: _restored(body, tenant, options, open_step, settings, places),
+            lambda body: restored(body, tenant, options),
             _pipe(settings),
             max_bytes=settings.max_bytes if most_bytes is None else most_bytes(tenant),
             idle_s=settings.idle_s,

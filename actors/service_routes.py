@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from actors.gate import SettingsGate
 
 
-def tenant_with(get_gate: Callable[[], "SettingsGate"], scope: Scope) -> Callable[[Request], Awaitable[Tenant]]:
-    """Return a FastAPI dependency: the tenant of a request, whose credentials must be good for `scope`.
+def tenant_with(get_gate: Callable[[], "SettingsGate"], scope: Scope | None) -> Callable[[Request], Awaitable[Tenant]]:
+    """Return a FastAPI dependency: the tenant of a request, whose credentials must be good for `scope`; None: any.
 
     It raises the refusals of `SettingsGate.tenant_of`.
     """
@@ -72,15 +72,22 @@ def add_service_routes(
     """
 
     async def open_step(tenant: Any, options: UploadOptions, video: VideoInfo) -> EngineLease:
-        server, accounts = get_server(), get_gate().accounts
-        engine = server.engine_named(options.model)
-        accounts.check_frame(tenant, video.width, video.height)
-        return EngineLease(server, engine, accounts.open_job(tenant).close)
-
-    def most_bytes(tenant: Any) -> int:
-        return get_gate().accounts.limits(tenant).upload_bytes
+        server = get_server()
+        get_gate().accounts.check_frame(tenant, video.width, video.height)
+        return EngineLease(server, server.engine_named(options.model))
 
     restore_tenant = tenant_with(get_gate, Scope.RESTORE)
     if uploads is not None:
-        app.include_router(make_restore_router(restore_tenant, open_step, uploads, most_bytes))
-    app.include_router(make_jobs_router(tenant_with(get_gate, Scope.JOBS), jobs))
+        app.include_router(
+            make_restore_router(
+                restore_tenant,
+                open_step,
+                uploads,
+                most_bytes=lambda tenant: get_gate().accounts.limits(tenant).upload_bytes,
+                take_place=lambda tenant: get_gate().accounts.open_job(tenant),
+            )
+        )
+    jobs_tenant = tenant_with(get_gate, Scope.JOBS)
+    app.include_router(
+        make_jobs_router(jobs_tenant, jobs, most_jobs=lambda name: get_gate().settings.limits_of(name).jobs)
+    )

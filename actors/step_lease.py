@@ -7,7 +7,6 @@ second turn, and a live stream waits for one step of it at most.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from infra.refusals import AdmissionRefused
@@ -21,14 +20,10 @@ if TYPE_CHECKING:
 
 
 class EngineLease:
-    """`actors.upload.StepLease` on an engine. Made in the server's event loop, called from elsewhere.
+    """`actors.upload.StepLease` on an engine. Made in the server's event loop, called from elsewhere."""
 
-    Args:
-        leave: gives back what the upload took of its tenant's limits.
-    """
-
-    def __init__(self, server: LiveServer, engine: LiveEngine, leave: Callable[[], None]) -> None:
-        self._server, self._engine, self._leave = server, engine, leave
+    def __init__(self, server: LiveServer, engine: LiveEngine) -> None:
+        self._server, self._engine = server, engine
         self._loop = asyncio.get_running_loop()
 
     def start(self, seed: int) -> StreamState:
@@ -55,5 +50,4 @@ class EngineLease:
         return outcome[0]
 
     def close(self) -> None:
-        """Give back what the upload took of its tenant's limits; nothing else is held between steps."""
-        self._leave()
+        """Nothing is held between steps."""

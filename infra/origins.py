@@ -116,6 +116,9 @@ def _host_and_port(host: str | None, default: int) -> tuple[str, int] | None:
     """Return name and port of a ``Host`` header; None where it is missing or none."""
     if not host or not host.isprintable() or not set(host).isdisjoint("/?#@\\ "):
         return None
+    address, bracket, rest = host.rpartition("]")
+    if bracket and (not address.startswith("[") or (rest and not rest.startswith(":"))):
+        return None  # urlsplit takes [::1].example.org for ::1
     try:
         parts = urlsplit(f"//{host}")
         return None if not parts.hostname else (parts.hostname.rstrip("."), parts.port or default)

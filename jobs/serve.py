@@ -78,6 +78,8 @@ def _serve(live: LiveSettings, common: Any, *, replicas: int, gpus: float | None
     # Ray Serve reads these when it is imported, here and in the processes that it starts.
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if ingress == "haproxy" else "0"
     os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(_GRPC_MESSAGE_LIMIT))
+    # Serve's web server would believe X-Forwarded-For of whoever connects from this machine; `trusted_proxies` decides.
+    os.environ["FORWARDED_ALLOW_IPS"] = ""
     from infra.cluster import connected
 
     over = threading.Event()

@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
+from actors.gate import SettingsGate
 from actors.live_app import make_app
 from actors.live_engine import LiveEngine
 from actors.live_server import LiveConfig, LiveServer
+from actors.service_routes import add_service_routes, jobs_settings, tenant_with, upload_settings
+from infra.listening import origin_policy_for
+from infra.live_settings import LiveSettings
+from infra.tenants import Scope
 from pipeline.engine import open_engine
 
 
@@ -39,11 +45,39 @@ class LiveService:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
 
+def _whole_app(server: LiveServer, gate: SettingsGate, settings: LiveSettings, job_server: str | None) -> FastAPI:
+    app = make_app(
+        lambda: server,
+        origins=origin_policy_for(settings),
+        admit=tenant_with(lambda: gate, None),
+        admit_scrape=tenant_with(lambda: gate, Scope.ADMIN),
+    )
+    jobs = jobs_settings(settings).model_copy(update={"job_server": job_server})
+    add_service_routes(app, lambda: server, lambda: gate, uploads=upload_settings(settings), jobs=jobs)
+    return app
+
+
 @contextmanager
 def live_service(
-    config: LiveConfig | None = None, *models: str, engine: Any = None, admit_scrape: Any = None, **options: Any
+    config: LiveConfig | None = None,
+    *models: str,
+    engine: Any = None,
+    admit_scrape: Any = None,
+    settings: LiveSettings | None = None,
+    job_server: str | None = None,
+    **options: Any,
 ) -> Iterator[LiveService]:
-    """Run a service; `options` as for `LiveServer`, `admit_scrape` as for `make_app`."""
+    """Run a service.
+
+    Args:
+        settings: the whole service by them, as the endpoint makes it: its gate, its limits, and the routes of uploads
+            and jobs, whose cluster is `job_server`; `config` goes before what they say of a replica.
+        options: as for `LiveServer`. admit_scrape: as for `make_app`.
+    """
+    gate = None if settings is None else SettingsGate(settings)
+    if settings is not None:
+        config = config or LiveConfig.from_settings(settings)
+        options["gate"] = gate
     engines = (
         {engine.name: engine} if engine is not None else {n: open_live_engine(n) for n in models or ("stand-in:0",)}
     )
@@ -58,9 +92,11 @@ def live_service(
         server.start()
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
-        web = uvicorn.Server(
-            uvicorn.Config(make_app(lambda: server, admit_scrape=admit_scrape), log_level="warning", lifespan="off")
-        )
+        if settings is None or gate is None:
+            app = make_app(lambda: server, admit_scrape=admit_scrape)
+        else:
+            app = _whole_app(server, gate, settings, job_server)
+        web = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", lifespan="off"))
         told.update(server=server, port=listener.getsockname()[1], loop=asyncio.get_running_loop(), web=web)
         task = asyncio.create_task(web.serve(sockets=[listener]))
         while not web.started:
