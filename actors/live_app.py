@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -199,8 +199,15 @@ def make_app(
     @app.get(
         "/metrics",
         summary="Metrics of all replicas for Prometheus",
-        response_class=PlainTextResponse,
-        responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
+        response_class=Response,  # of no type: FastAPI would describe refusals as of the same type
+        responses={
+            200: {
+                "content": {
+                    "text/plain": {"schema": {"type": "string"}},
+                    "application/openmetrics-text": {"schema": {"type": "string"}},
+                }
+            }
+        },
     )
     async def metrics(request: Request) -> Response:
         if admit_scrape is not None:

@@ -92,3 +92,28 @@ def access_units(
 def unit_kinds(access_unit: bytes | memoryview) -> list[int]:
     """The types of the NAL units in an access unit (ITU-T H.264, table 7-1)."""
     return [part[0] & 0x1F for part in bytes(access_unit).split(b"\x00\x00\x01")[1:] if part]
+
+
+def parameter_set(width: int, height: int, references: int, frame_num_bits: int) -> bytes:
+    """A sequence parameter set (ITU-T H.264, 7.3.2.1.1) of the baseline profile, as short as can be."""
+    columns, rows = -(-width // 16), -(-height // 16)
+    cropping = ["1", _code(0), _code((columns * 16 - width) // 2), _code(0), _code((rows * 16 - height) // 2)]
+    parts = [
+        _code(0),
+        _code(frame_num_bits - 4),
+        _code(2),
+        _code(references),
+        "0",
+        _code(columns - 1),
+        _code(rows - 1),
+        "11",
+    ]
+    bits = "".join([*parts, *cropping, "0", "1"])
+    body = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    return b"\0\0\1\x67\x42\0\x3c" + body.replace(b"\0\0", b"\0\0\3")
+
+
+def _code(value: int) -> str:
+    """Exp-Golomb (ITU-T H.264, 9.1)."""
+    binary = f"{value + 1:b}"
+    return "0" * (len(binary) - 1) + binary

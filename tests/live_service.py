@@ -96,7 +96,9 @@ def live_service(
             app = make_app(lambda: server, admit_scrape=admit_scrape)
         else:
             app = _whole_app(server, gate, settings, job_server)
-        web = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", lifespan="off"))
+        web = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, log_level="warning", lifespan="off", forwarded_allow_ips="")
+        )
         told.update(server=server, port=listener.getsockname()[1], loop=asyncio.get_running_loop(), web=web)
         task = asyncio.create_task(web.serve(sockets=[listener]))
         while not web.started:

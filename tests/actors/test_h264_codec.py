@@ -13,7 +13,7 @@ from actors.errors import Undecodable
 from actors.frame_codec import DecodedFrame, FrameDecoder, open_decoder, open_encoder
 from actors.h264_syntax import Inspector
 from infra.refusals import FrameTooLarge
-from tests.coded_frames import access_units, bar_colours, colour_bars, psnr, unit_kinds, walk
+from tests.coded_frames import access_units, bar_colours, colour_bars, parameter_set, psnr, unit_kinds, walk
 
 SLICE, IDR, SEI, SPS, PPS = 1, 5, 6, 7, 8
 
@@ -327,19 +327,3 @@ def test_a_stream_may_not_ask_for_more_reference_pictures_than_its_level_has() -
         decoder.decode(memoryview(parameter_set(8192, 4320, 16, 4)), 0, True)
     with pytest.raises(Undecodable, match="no picture"):
         decoder.decode(memoryview(parameter_set(8192, 4320, 5, 4)), 1, True)
-
-
-def parameter_set(width: int, height: int, references: int, frame_num_bits: int) -> bytes:
-    """A sequence parameter set (ITU-T H.264, 7.3.2.1.1) of the baseline profile, as short as can be."""
-    columns, rows = -(-width // 16), -(-height // 16)
-    cropping = ["1", code(0), code((columns * 16 - width) // 2), code(0), code((rows * 16 - height) // 2)]
-    parts = [code(0), code(frame_num_bits - 4), code(2), code(references), "0", code(columns - 1), code(rows - 1), "11"]
-    bits = "".join([*parts, *cropping, "0", "1"])
-    body = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
-    return b"\0\0\1\x67\x42\0\x3c" + body.replace(b"\0\0", b"\0\0\3")
-
-
-def code(value: int) -> str:
-    """Exp-Golomb (ITU-T H.264, 9.1)."""
-    binary = f"{value + 1:b}"
-    return "0" * (len(binary) - 1) + binary
