@@ -403,7 +403,9 @@ def test_health_and_models() -> None:
 
 def test_sizes_do_not_pile_up_behind_a_frame() -> None:
     async def gate(hello: Hello, channel: Any) -> Guest:
-        return Guest("local", charges=(lambda size_bytes, now: 0.0, lambda pixels, now: 60.0))  # the first frame waits for its tenant's rate
+        return Guest(
+            "local", charges=(lambda size_bytes, now: 0.0, lambda pixels, now: 60.0)
+        )  # the first frame waits for its tenant's rate
 
     with live_service(gate=gate) as service:
         size = '{"type":"size","width":16,"height":16}'
