@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -164,17 +165,13 @@ class Endpoint:
 
     async def Stream(self, request_stream: Any, grpc_context: Any) -> AsyncIterator[Any]:
         """One stream over gRPC: see `infra.live_grpc`."""
-        from actors.grpc_channel import GrpcChannel
+        from actors.grpc_channel import GrpcChannel, serve_call
 
         metadata = {str(name).lower(): str(value) for name, value in grpc_context.invocation_metadata()}
         channel = GrpcChannel(request_stream, metadata, _address(grpc_context.peer()))
-        serving = asyncio.create_task(self.server.serve(channel))
-        try:
-            async for packet in channel.packets():
+        async with aclosing(serve_call(self.server.serve, channel)) as packets:
+            async for packet in packets:
                 yield packet
-        finally:
-            channel.leave()
-            await asyncio.gather(serving, return_exceptions=True)
 
     async def __del__(self) -> None:
         for task in self._tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Final
 
 from infra import protocol
@@ -31,7 +31,7 @@ class GrpcChannel:
         self._requests = aiter(requests)
         self._outgoing: asyncio.Queue[str | bytes | None] = asyncio.Queue(_WAITING)
         self._gone = asyncio.Event()
-        self._half_closed = False
+        self._half_closed = self._over = False
 
     async def receive(self) -> str | bytes | None:
         """Return the next message; None when the client has gone."""
@@ -62,13 +62,21 @@ class GrpcChannel:
             return
         putting = asyncio.ensure_future(self._outgoing.put(message))
         leaving = asyncio.ensure_future(self._gone.wait())
-        await asyncio.wait([putting, leaving], return_when=asyncio.FIRST_COMPLETED)
-        putting.cancel()
-        leaving.cancel()
+        try:
+            await asyncio.wait([putting, leaving], return_when=asyncio.FIRST_COMPLETED)
+        finally:  # also where the sender is cancelled: what waits in vain must not come later
+            putting.cancel()
+            leaving.cancel()
 
     async def close(self, code: int, reason: str) -> None:
-        """End the call; the last message has said why."""
-        await self.send(b"")
+        """End the call after what was sent; the last message has said why."""
+        self.end()
+
+    def end(self) -> None:
+        """Nothing more is sent. A client that is slow is not waited for."""
+        self._over = True
+        if self._outgoing.empty():
+            self._outgoing.put_nowait(None)
 
     def leave(self) -> None:
         """The client has gone."""
@@ -76,8 +84,22 @@ class GrpcChannel:
 
     async def packets(self) -> AsyncIterator[Any]:
         """Yield what is sent, until it is closed."""
-        while True:
+        while not (self._over and self._outgoing.empty()):
             message = await self._outgoing.get()
-            if not message:
+            if message is None:
                 return
             yield pack(message)
+
+
+async def serve_call(
+    serve: Callable[[GrpcChannel], Coroutine[Any, Any, None]], channel: GrpcChannel
+) -> AsyncGenerator[Any, None]:
+    """Yield the packets of one stream while `serve` serves it, and see it to its end."""
+    serving = asyncio.create_task(serve(channel))
+    serving.add_done_callback(lambda done: channel.end())
+    try:
+        async for packet in channel.packets():
+            yield packet
+    finally:
+        channel.leave()
+        await asyncio.gather(serving, return_exceptions=True)

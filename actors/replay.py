@@ -50,23 +50,28 @@ def replay(
     frame_of: Callable[[int], NDArray[np.uint8]],
     *,
     seed: int = 0,
+    size_of: Callable[[int, int], tuple[int, int]] | None = None,
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yield the restored pictures (4h,4w,3) of a stream in the order of its log.
+    """Yield the restored pictures of a stream in the order of its log, before the stream's codec.
 
     Args:
         frame_of: returns the frame (h,w,3) with an id, as the service decoded it.
         seed: of the stream's hello.
+        size_of: returns width and height of the result for those of a frame, as
+            ``partial(infra.protocol.output_size, hello)`` does; None: four times the frame, as the model makes it.
     """
     state = pipe.start(seed=seed)
     for entry in log:
         frame_HWC = frame_of(entry.id)
+        height, width = frame_HWC.shape[:2]
+        out_width, out_height = (4 * width, 4 * height) if size_of is None else size_of(width, height)
         if entry.reset:
             state.reset()
         state.index = entry.index
         if entry.level == 0:
             state.skip()
-            height, width = frame_HWC.shape[:2]
-            yield np.asarray(resize(frame_HWC, 4 * width, 4 * height, "cubic"), dtype=np.uint8)
+            yield np.asarray(resize(frame_HWC, out_width, out_height, "cubic"), dtype=np.uint8)
             continue
         output_13HW = pipe.step(frame_to_tensor(frame_HWC), [state], steps=[entry.level])
-        yield np.asarray(tensor_to_frame(output_13HW[0], np.dtype(np.uint8)), dtype=np.uint8)
+        restored_HWC = tensor_to_frame(output_13HW[0], np.dtype(np.uint8))
+        yield np.asarray(resize(restored_HWC, out_width, out_height), dtype=np.uint8)

@@ -72,13 +72,26 @@ class _GrpcWire:
             await self._call.write(pack(message))
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             raise ConnectionError(str(error)) from error
+        except asyncio.CancelledError:
+            if self._is_cancelled():
+                raise ConnectionError("the call was cancelled") from None
+            raise
 
     async def receive(self) -> str | bytes | None:
         try:
             packet = await self._call.read()
         except grpc.aio.AioRpcError:
             return None
+        except asyncio.CancelledError:
+            if self._is_cancelled():
+                return None
+            raise
         return None if packet is grpc.aio.EOF else unpack(packet)
+
+    def _is_cancelled(self) -> bool:
+        """Whether it is the call that was cancelled (by `close`, elsewhere) and not the task that uses it."""
+        task = asyncio.current_task()
+        return bool(self._call.cancelled()) and (task is None or not task.cancelling())
 
     async def close(self) -> None:
         self._call.cancel()
