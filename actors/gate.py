@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from actors.live_server import Guest
 from infra.auth import client_address
 from infra.listening import authenticator_for, origin_policy_for
-from infra.refusals import FrameTooLarge
 from infra.tenants import Accounts, Scope, Tenant, require
 
 if TYPE_CHECKING:
@@ -51,7 +50,6 @@ class SettingsGate:
         presented = channel.headers if given.api_key is None and given.token is None else given
         tenant = await self._tenant(presented, channel.headers, channel.peer)
         require(tenant, Scope.LIVE)
-        self._require_sides(hello.width, hello.height)
         self.accounts.check_frame(tenant, hello.width, hello.height)
         lease = self.accounts.open_session(tenant)
         return Guest(
@@ -60,16 +58,6 @@ class SettingsGate:
             leave=lease.close,
             may_stay=lambda: self.authenticator.still_admits(tenant),
         )
-
-    def _require_sides(self, width: int, height: int) -> None:
-        least, greatest = self.settings.least_side, self.settings.greatest_side
-        if not (least <= min(width, height) and max(width, height) <= greatest):
-            raise FrameTooLarge(
-                f"Frames of {width}x{height} have a side that is not served.",
-                code="frame-sides",
-                limit=f"{least} to {greatest} pixels a side",
-                remedy="Send frames of another size.",
-            )
 
     async def tenant_of(self, headers: Mapping[str, str], peer: str | None, scope: Scope | None) -> Tenant:
         """Return whose request this is.

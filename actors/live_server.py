@@ -368,7 +368,7 @@ class LiveServer:
         if min(sides) < config.least_side or max(sides) > config.greatest_side:
             raise FrameTooLarge(
                 f"Frames of {hello.width}x{hello.height} are not served here.",
-                code="frame-size",
+                code="frame-sides",
                 limit=f"{config.least_side} to {config.greatest_side} pixels a side",
                 remedy="Send frames of another size.",
             )
