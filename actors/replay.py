@@ -73,5 +73,5 @@ def replay(
             yield np.asarray(resize(frame_HWC, out_width, out_height, "cubic"), dtype=np.uint8)
             continue
         output_13HW = pipe.step(frame_to_tensor(frame_HWC), [state], steps=[entry.level])
-        restored_HWC = tensor_to_frame(output_13HW[0], np.dtype(np.uint8))
+        restored_HWC = np.asarray(tensor_to_frame(output_13HW[0], np.dtype(np.uint8)), dtype=np.uint8)
         yield np.asarray(resize(restored_HWC, out_width, out_height), dtype=np.uint8)
