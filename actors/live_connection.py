@@ -20,7 +20,7 @@ from actors.live_channel import Channel, say_and_close
 from actors.live_report import StreamReport
 from actors.pictures import resize
 from actors.session import Answer, Incoming, Session, SessionState
-from actors.state_book import StateStore
+from actors.state_book import StateSink
 from actors.state_saver import StateSaver
 from actors.stepper import Seat, Stepper
 from infra import protocol
@@ -81,7 +81,7 @@ class LiveConnection:
         channel: Channel,
         *,
         stepper: Stepper,
-        states: StateStore,
+        states: StateSink,
         codecs: Executor,
         charges: tuple[Charge, Charge],
         may_stay: Callable[[], bool],
@@ -203,6 +203,7 @@ class LiveConnection:
 
     async def _forget(self) -> None:
         """Have the stream's states wiped out; if that fails, they expire."""
+        await self._saver.stop()
         try:
             await self._states.close(self.session.key, self.session.epoch)
         except Exception as error:

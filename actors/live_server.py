@@ -26,7 +26,7 @@ from actors.live_channel import Channel, say_and_close
 from actors.live_connection import Charge, LiveConnection
 from actors.live_figures import Board, MetricsDesk
 from actors.session import Session, SessionKey, SessionLimits, SessionState, window_for
-from actors.state_book import LocalStates, Snapshot, StateStore, Takeover
+from actors.state_book import LocalStates, OwnedStates, Snapshot, StateStore, Takeover
 from actors.stepper import Stepper
 from infra import protocol
 from infra.protocol import (
@@ -264,8 +264,9 @@ class LiveServer:
             session.ladder.budget_s = None
         self._require_room(session, engine)
         token = hello.resume.token.get_secret_value() if hello.resume else ""
+        about = {_ABOUT_MODEL: engine.model_sha256}
         if takeover is None:
-            token = await self._states.open(key, {_ABOUT_MODEL: engine.model_sha256}, Snapshot(0, b""))
+            token = await self._states.open(key, about, Snapshot(0, b""))
             try:  # others may have come in meanwhile, or the replica has to go
                 self._require_open()
                 self._require_room(session, engine)
@@ -277,7 +278,7 @@ class LiveServer:
             engine,
             channel,
             stepper=self.stepper,
-            states=self._states,
+            states=OwnedStates(self._states, token, about),
             codecs=self._codecs,
             charges=guest.charges,
             may_stay=guest.may_stay,

@@ -22,6 +22,7 @@ from infra.refusals import AdmissionRefused, StateLost
 MOST_BYTES: Final = 4 << 30
 KEPT_S: Final = 120.0  # for a client that lost its connection
 MOST_SNAPSHOTS: Final = 4
+UNKNOWN: Final = "state-unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +47,24 @@ class Takeover:
     about: dict[str, Any]
 
 
-class StateStore(Protocol):
+class StateSink(Protocol):
+    """What the owner of a stream needs of the book. Arguments and errors as in `StateBook`."""
+
+    async def put(self, key: SessionKey, epoch: int, snapshot: Snapshot, received: int) -> None: ...
+
+    async def close(self, key: SessionKey, epoch: int) -> None: ...
+
+
+class StateStore(StateSink, Protocol):
     """What a replica needs of the book, wherever it lies. Arguments and errors as in `StateBook`."""
 
     async def open(self, key: SessionKey, about: dict[str, Any], snapshot: Snapshot) -> str: ...
 
-    async def put(self, key: SessionKey, epoch: int, snapshot: Snapshot, received: int) -> None: ...
+    async def enter_again(
+        self, key: SessionKey, epoch: int, token: str, about: dict[str, Any], snapshot: Snapshot
+    ) -> None: ...
 
     async def take_over(self, key: SessionKey, token: str, received: int) -> Takeover: ...
-
-    async def close(self, key: SessionKey, epoch: int) -> None: ...
 
     async def figures(self) -> dict[str, int]: ...
 
@@ -108,9 +117,21 @@ class StateBook:
         self._expire()
         self._make_room(len(snapshot.state))
         token = secrets.token_urlsafe(24)
-        digest = hashlib.sha256(token.encode()).digest()
-        self._entries[key] = _Entry(digest, about, self._clock(), snapshots=[snapshot])
+        self._entries[key] = _Entry(_digest(token), about, self._clock(), snapshots=[snapshot])
         return token
+
+    def enter_again(self, key: SessionKey, epoch: int, token: str, about: dict[str, Any], snapshot: Snapshot) -> None:
+        """Enter a stream whose owner finds it gone: this book is new, because the one before it was lost.
+
+        Raises:
+            StateLost: somebody else goes on with it.
+            AdmissionRefused: there is no room.
+        """
+        entry = self._entries.get(key)
+        if entry is not None and entry.epoch >= epoch:
+            raise _lost(key)
+        self._make_room(len(snapshot.state))
+        self._entries[key] = _Entry(_digest(token), about, self._clock(), epoch, [snapshot])
 
     def put(self, key: SessionKey, epoch: int, snapshot: Snapshot, received: int) -> None:
         """Add a snapshot; forget those that can no longer be asked for.
@@ -119,7 +140,7 @@ class StateBook:
             received: all answers with a smaller id have arrived at the client.
 
         Raises:
-            StateLost: the stream is gone, or somebody else goes on with it.
+            StateLost: somebody else goes on with the stream; or, with the code `UNKNOWN`, it is not known here.
             AdmissionRefused: there is no room.
         """
         entry = self._owned(key, epoch)
@@ -140,7 +161,7 @@ class StateBook:
         """
         self._expire()
         entry = self._entries.get(key)
-        digest = hashlib.sha256(token.encode()).digest()
+        digest = _digest(token)
         if not hmac.compare_digest(digest, entry.token_sha256 if entry else bytes(32)) or entry is None:
             raise _lost(key)
         usable = [one for one in entry.snapshots if one.below <= received]
@@ -159,7 +180,9 @@ class StateBook:
 
     def _owned(self, key: SessionKey, epoch: int) -> _Entry:
         entry = self._entries.get(key)
-        if entry is None or entry.epoch != epoch:
+        if entry is None or entry.epoch < epoch:
+            raise _lost(key, UNKNOWN)
+        if entry.epoch > epoch:
             raise _lost(key)
         return entry
 
@@ -182,9 +205,14 @@ class StateBook:
             )
 
 
-def _lost(key: SessionKey) -> StateLost:
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _lost(key: SessionKey, code: str | None = None) -> StateLost:
     return StateLost(
         f"The stream {key.session} cannot be resumed here.",
+        code=code,
         remedy="Open a new stream: its first frame is restored without memory of those before.",
     )
 
@@ -203,6 +231,12 @@ class LocalStates:
         """As `StateBook.put`."""
         self.book.put(key, epoch, snapshot, received)
 
+    async def enter_again(
+        self, key: SessionKey, epoch: int, token: str, about: dict[str, Any], snapshot: Snapshot
+    ) -> None:
+        """As `StateBook.enter_again`."""
+        self.book.enter_again(key, epoch, token, about, snapshot)
+
     async def take_over(self, key: SessionKey, token: str, received: int) -> Takeover:
         """As `StateBook.take_over`."""
         return self.book.take_over(key, token, received)
@@ -214,3 +248,26 @@ class LocalStates:
     async def figures(self) -> dict[str, int]:
         """As `StateBook.figures`."""
         return self.book.figures()
+
+
+class OwnedStates:
+    """The store as a stream's owner uses it: where the book was lost and another is there, the stream is entered again.
+
+    So streams go on without a reset while the keeper of states is replaced; only what ends meanwhile is lost.
+    """
+
+    def __init__(self, states: StateStore, token: str, about: dict[str, Any]) -> None:
+        self._states, self._token, self._about = states, token, about
+
+    async def put(self, key: SessionKey, epoch: int, snapshot: Snapshot, received: int) -> None:
+        """As `StateBook.put`."""
+        try:
+            await self._states.put(key, epoch, snapshot, received)
+        except StateLost as error:
+            if error.code != UNKNOWN:
+                raise
+            await self._states.enter_again(key, epoch, self._token, self._about, snapshot)
+
+    async def close(self, key: SessionKey, epoch: int) -> None:
+        """As `StateBook.close`."""
+        await self._states.close(key, epoch)

@@ -48,6 +48,12 @@ class StateHolder:
         """As `StateBook.put`."""
         self._book.put(key, epoch, snapshot, received)
 
+    async def enter_again(
+        self, key: SessionKey, epoch: int, token: str, about: dict[str, Any], snapshot: Snapshot
+    ) -> None:
+        """As `StateBook.enter_again`."""
+        self._book.enter_again(key, epoch, token, about, snapshot)
+
     async def take_over(self, key: SessionKey, token: str, received: int) -> Takeover:
         """As `StateBook.take_over`."""
         return self._book.take_over(key, token, received)
@@ -146,6 +152,12 @@ class HeldStates:
     async def put(self, key: SessionKey, epoch: int, snapshot: Snapshot, received: int) -> None:
         """As `StateBook.put`."""
         await self._call("put", key, epoch, snapshot, received)
+
+    async def enter_again(
+        self, key: SessionKey, epoch: int, token: str, about: dict[str, Any], snapshot: Snapshot
+    ) -> None:
+        """As `StateBook.enter_again`."""
+        await self._call("enter_again", key, epoch, token, about, snapshot)
 
     async def take_over(self, key: SessionKey, token: str, received: int) -> Takeover:
         """As `StateBook.take_over`."""

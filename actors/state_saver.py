@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Final
 
-from actors.state_book import Snapshot, StateStore
+from actors.state_book import Snapshot, StateSink
 from infra.refusals import StateLost
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class StateSaver:
     def __init__(
         self,
         session: Session,
-        states: StateStore,
+        states: StateSink,
         pool: Executor,
         report: StreamReport,
         lost: Callable[[BaseException], None],
@@ -49,7 +49,7 @@ class StateSaver:
         self._session, self._states, self._pool, self._report = session, states, pool, report
         self._lost, self._interval_s = lost, interval_s
         self._saved: deque[int] = deque()  # ids below which the stream is safe, as soon as the client has the answers
-        self._due = False
+        self._due = self._stopped = False
         self._task: asyncio.Task[None] | None = None
         self._last = now
 
@@ -62,7 +62,12 @@ class StateSaver:
         """Save the state if it is time to; call it now and then."""
         session = self._session
         safe = self._saved[-1] if self._saved else session.durable_below
-        if session.stepped_below > safe and now - self._last >= self._interval_s and self._task is None:
+        if (
+            session.stepped_below > safe
+            and now - self._last >= self._interval_s
+            and self._task is None
+            and not self._stopped
+        ):
             self._due = True
             self.between_steps(now)
 
@@ -82,10 +87,11 @@ class StateSaver:
             async with asyncio.timeout(_LAST_S):  # a keeper that does not answer must not keep the stream's place
                 await self._put(*self._snapshot())
         except Exception as error:
-            logger.warning("stream %s: its last state was not saved: %s", self._session.key, error)
+            logger.warning("stream %s: its last state was not saved: %s", self._session.key, str(error))
 
     async def stop(self) -> None:
-        """Give up a snapshot that is under way."""
+        """Give up a snapshot that is under way; none follows, so that nothing enters again a stream that is closed."""
+        self._stopped, self._due = True, False
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

@@ -16,6 +16,7 @@ from websockets.exceptions import ConnectionClosed
 
 from actors import live_connection
 from actors.live_server import Guest, LiveConfig
+from actors.session import Session
 from actors.state_book import LocalStates
 from infra.blocking_client import BlockingStream
 from infra.client import LiveStream
@@ -131,23 +132,48 @@ def test_a_lost_connection_is_resumed_from_the_last_state() -> None:
 
 
 def test_a_stream_whose_state_is_lost_begins_anew_and_says_so() -> None:
-    async def run(service: LiveService) -> tuple[list[LiveAnswer], LiveStream]:
+    async def run(service: LiveService, elsewhere: LiveService) -> tuple[list[LiveAnswer], LiveStream]:
         async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
             answers = []
             for number in range(10):
                 await stream.send_picture(picture(number))
                 answers.append(await anext(stream))
                 if number == 5:
-                    service.server._states.book._entries.clear()  # type: ignore[attr-defined]
+                    stream._url = elsewhere.url  # which has none of the first one's states
                     stream._wire._socket.transport.abort()  # type: ignore[union-attr]
             return answers, stream
 
-    with live_service() as service:
-        answers, stream = asyncio.run(run(service))
+    with live_service() as service, live_service() as elsewhere:
+        answers, stream = asyncio.run(run(service, elsewhere))
     assert [answer.id for answer in answers] == list(range(10))
     assert stream.restarts == 1
     assert [answer.header.index for answer in answers] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
     assert Flag.RESET in answers[6].header.flags
+
+
+def test_a_keeper_of_states_that_is_replaced_resets_no_stream() -> None:
+    """Its successor knows nothing; the replica enters its streams again, and they can be resumed again."""
+
+    async def run(service: LiveService) -> None:
+        book = service.server._states.book  # type: ignore[attr-defined]
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+            for number in range(10):
+                await stream.send_picture(picture(number))
+                assert (await anext(stream)).header.index == number
+                if number == 4:
+                    book._entries.clear()
+                if number == 6:
+                    async with asyncio.timeout(5):
+                        while not len(book):
+                            await asyncio.sleep(0.02)
+                    stream._wire._socket.transport.abort()  # type: ignore[union-attr]
+            assert (stream.hand_overs, stream.restarts) == (1, 0)
+            await stream.close()
+            assert [answer async for answer in stream] == []
+            assert not len(book)
+
+    with live_service(LiveConfig(state_interval_s=0.05)) as service:
+        asyncio.run(run(service))
 
 
 def test_newest_drops_and_tells() -> None:
@@ -163,6 +189,48 @@ def test_newest_drops_and_tells() -> None:
     assert {answer.dropped for answer in answers} == {None, DropReason.NEWER}
     assert [answer.header.index for answer in restored] == list(range(len(restored)))
     assert all(is_restored(answer, answer.id) for answer in restored)
+
+
+@pytest.mark.parametrize("policy", [Newest(), Deadline(ms=100, late="drop")])
+def test_dropped_frames_are_not_sent_again(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    came: list[tuple[int, int]] = []  # epoch and id of every frame that the service got
+    arrive = Session.arrive
+
+    def noting(session: Session, header: FrameHeader, now: float) -> Any:
+        came.append((session.epoch, header.id))
+        return arrive(session, header, now)
+
+    async def run(service: LiveService) -> list[LiveAnswer]:
+        hello = Hello(width=32, height=24, policy=policy, least_steps=4, **RAW)
+        async with LiveStream(service.url, hello) as stream:
+
+            async def send() -> None:
+                for number in range(60):
+                    await stream.send_picture(picture(number))
+                await stream.close()
+
+            sending = asyncio.create_task(send())
+            answers = []
+            async for answer in stream:
+                answers.append(answer)
+                if answer.id == 25:
+                    stream._wire._socket.transport.abort()  # type: ignore[union-attr]
+            await sending
+            assert stream.hand_overs == 1 and stream.restarts == 0
+            return answers
+
+    monkeypatch.setattr(Session, "arrive", noting)
+    with live_service(LiveConfig(state_interval_s=30), "stand-in:20") as service:
+        answers = asyncio.run(run(service))
+    assert [answer.id for answer in answers] == list(range(60))
+    restored = [answer for answer in answers if answer.dropped is None]
+    assert 2 <= len(restored) < 60
+    assert [answer.header.index for answer in restored] == list(range(len(restored)))
+    assert all(is_restored(answer, answer.id) for answer in restored)
+    before = {answer.id for answer in answers if answer.connection == 1 and answer.dropped is not None}
+    again = {id_ for epoch, id_ in came if epoch == 2}
+    assert before and not before & again
+    assert not any(Flag.GAP in answer.header.flags for answer in answers)
 
 
 def test_under_load_the_quality_goes_down_before_frames_are_late() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actors.session import SessionKey
-from actors.state_book import Snapshot, StateBook
+from actors.state_book import UNKNOWN, Snapshot, StateBook
 from infra.refusals import AdmissionRefused, StateLost
 
 KEY = SessionKey("tenant", "stream")
@@ -102,3 +102,27 @@ def test_a_closed_stream_is_gone() -> None:
     book.close(KEY, 1)
     with pytest.raises(StateLost):
         book.take_over(KEY, token, received=0)
+
+
+def test_an_owner_whose_stream_is_unknown_enters_it_again_and_the_newest_owner_wins() -> None:
+    book, token, _ = opened()
+    book.take_over(KEY, token, received=0)
+    book = StateBook()  # the one before is lost
+    with pytest.raises(StateLost) as caught:
+        book.put(KEY, 2, Snapshot(10, b"ten"), received=10)
+    assert caught.value.code == UNKNOWN
+    book.enter_again(KEY, 1, token, {"model": "m"}, Snapshot(5, b"old"))  # by an owner that has not noticed yet
+    with pytest.raises(StateLost) as caught:
+        book.put(KEY, 2, Snapshot(10, b"ten"), received=10)
+    assert caught.value.code == UNKNOWN
+    book.enter_again(KEY, 2, token, {"model": "m"}, Snapshot(10, b"ten"))
+    for epoch in (1, 2):
+        with pytest.raises(StateLost) as caught:
+            book.enter_again(KEY, epoch, token, {}, Snapshot(11, b"no"))
+        assert caught.value.code != UNKNOWN
+    with pytest.raises(StateLost, match="cannot be resumed"):
+        book.put(KEY, 1, Snapshot(12, b"no"), received=12)
+    with pytest.raises(StateLost):
+        book.take_over(KEY, "guess", received=10)
+    takeover = book.take_over(KEY, token, received=10)
+    assert (takeover.epoch, takeover.snapshot.state, takeover.about) == (3, b"ten", {"model": "m"})
