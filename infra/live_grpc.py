@@ -73,7 +73,7 @@ class _GrpcWire:
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             raise ConnectionError(str(error)) from error
         except asyncio.CancelledError:
-            if self._is_cancelled():
+            if _is_wanted():
                 raise ConnectionError("the call was cancelled") from None
             raise
 
@@ -83,19 +83,23 @@ class _GrpcWire:
         except grpc.aio.AioRpcError:
             return None
         except asyncio.CancelledError:
-            if self._is_cancelled():
+            if _is_wanted():
                 return None
             raise
         return None if packet is grpc.aio.EOF else unpack(packet)
 
-    def _is_cancelled(self) -> bool:
-        """Whether it is the call that was cancelled (by `close`, elsewhere) and not the task that uses it."""
-        task = asyncio.current_task()
-        return bool(self._call.cancelled()) and (task is None or not task.cancelling())
-
     async def close(self) -> None:
         self._call.cancel()
         await self._channel.close(None)
+
+
+def _is_wanted() -> bool:
+    """Whether the present task goes on: then a cancellation that it meets is that of its call, by `close` elsewhere.
+
+    The call itself cannot be asked: it does not say that it is cancelled before its status has come.
+    """
+    task = asyncio.current_task()
+    return task is not None and not task.cancelling()
 
 
 async def connect_grpc(url: str, application: str | None = None) -> _GrpcWire:
