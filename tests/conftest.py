@@ -27,6 +27,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # as infra/cluster.py has it: what the raylet says of dead workers
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "NO_COLOR": "1",
     "COLUMNS": "120",
