@@ -19,7 +19,6 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -92,7 +91,7 @@ class LiveStream:
         self._unsent_from = 0  # ids from here on were not sent on this connection
         self._sent = self._granted = 0
         self._received = 0  # all answers with a smaller id are here
-        self._connection = 0
+        self._connection = self._close_said_on = 0
         self._acknowledged = (0, 0)  # id below and receipt of the answer taken last from this connection
         self._told = 0  # answers of this connection that were taken since the last acknowledgement
         self._wire: Wire | None = None
@@ -279,7 +278,7 @@ class LiveStream:
                     except TimeoutError:
                         if not self._told or self._wire is None:
                             continue
-                    wire, connection = self._wire, self._connection
+                    wire = self._wire
                     messages = self._take_messages()
                 assert wire is not None
                 for message in messages:
@@ -287,14 +286,8 @@ class LiveStream:
                         await wire.send(message)
                     except (OSError, ConnectionLost):
                         break  # the receiving side sees it, too, and connects again
-                if any(isinstance(message, str) and '"close"' in message for message in messages):
-                    async with self._changed:
-                        await self._changed.wait_for(partial(self._is_over, connection))
         except Exception as error:
             await self._end(error)
-
-    def _is_over(self, connection: int) -> bool:
-        return self._closed or self._connection != connection
 
     def _something_to_send(self) -> bool:
         if self._wire is None:
@@ -310,7 +303,8 @@ class LiveStream:
         return self._kept.first_from(self._unsent_from)
 
     def _may_close(self) -> bool:
-        return self._closing and not self._closed and self._backlog() == 0
+        said = self._close_said_on == self._connection
+        return self._closing and not self._closed and not said and self._backlog() == 0
 
     def _take_messages(self) -> list[str | bytes]:
         id_ = self._next_unsent()
@@ -329,6 +323,7 @@ class LiveStream:
                 messages.insert(0, protocol.dump(protocol.Resize(width=kept.size[0], height=kept.size[1])))
             return messages
         if self._may_close() and not self._should_tell():
+            self._close_said_on = self._connection  # answers are acknowledged after it as well
             return [protocol.dump(protocol.Close())]
         self._told = 0
         return [protocol.dump(protocol.Delivered(below=below, receipt=receipt))]

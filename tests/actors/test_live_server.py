@@ -446,6 +446,16 @@ def test_a_poisoned_state_reaches_nobody_else() -> None:
         asyncio.run(run(service))
 
 
+def test_answers_are_acknowledged_after_the_last_frame_too() -> None:
+    """The service closes streams that do not read; one that waits for its last answers reads."""
+
+    async def run(service: LiveService) -> list[LiveAnswer]:
+        return (await run_stream(service, Hello(width=32, height=24, **RAW), 8))[0]
+
+    with live_service(LiveConfig(unread_timeout_s=1.2), "stand-in:300") as service:
+        assert [answer.id for answer in asyncio.run(run(service))] == list(range(8))
+
+
 def test_a_program_without_an_event_loop() -> None:
     with live_service() as service, BlockingStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
         for number in range(3):
