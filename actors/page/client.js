@@ -492,7 +492,7 @@ export class UpriverStream extends EventTarget {
   }
 
   #tell() {
-    if (!this.#told || this.#closeSent) return;
+    if (!this.#told) return;
     this.#told = 0;
     this.#say({ type: "delivered", ...this.#acknowledged });
   }

@@ -157,8 +157,8 @@ def test_a_camera_is_restored_beside_itself(page: Page, service: LiveService) ->
     page.run(START)
     page.wait(RUNS)
     seen = set()
-    for _ in range(5):
-        page.wait(f"{RESTORED} > {len(seen) * 4}")
+    for number in range(5):
+        page.wait(f"{RESTORED} > {number * 4}")
         told = page.run(DIFFERENCES)
         assert told["size"] == [160, 120, 640, 480]
         assert told["near"] < 3 < 3.5 < told["enlarged"], told
