@@ -46,7 +46,9 @@ class EngineConfig(BaseModel):
     dtype: str = "auto"
     flow: str = "auto"
     threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a step; 0: all cores")
-    largest_batch: int = Field(default=8, ge=1, le=64, description="streams that are stepped together at most")
+    largest_batch: int = Field(
+        default=0, ge=0, le=64, description="streams stepped together at most; 0: 8 on a GPU, 1 on a CPU, as measured"
+    )
 
 
 class ModelList(BaseModel):
@@ -150,7 +152,9 @@ class Endpoint:
             flow=None if options.flow == "auto" else options.flow,  # type: ignore[arg-type]  # checked when loaded
             max_pixels=self._config.max_pixels,
         )
-        return LiveEngine(pipe, name, largest_batch=options.largest_batch, threads=threads)
+        return LiveEngine(
+            pipe, name, largest_batch=options.largest_batch or (1 if device == "cpu" else 8), threads=threads
+        )
 
     async def _watch_for_drain(self) -> None:
         while True:
