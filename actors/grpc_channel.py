@@ -102,4 +102,4 @@ async def serve_call(
             yield packet
     finally:
         channel.leave()
-        await asyncio.gather(serving, return_exceptions=True)
+        await asyncio.wait([serving])  # which a second cancellation ends, and not the stream: its state is being saved

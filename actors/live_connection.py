@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any, Final, TypeVar, assert_never, cast
+from typing import TYPE_CHECKING, Final, TypeVar, assert_never, cast
 
 from actors.errors import describe_failure
 from actors.frame_codec import FrameDecoder, FrameEncoder, Undecodable, open_decoder, open_encoder
@@ -126,25 +126,25 @@ class LiveConnection:
         self._outbox.put_nowait(welcome)
         seat = Seat(session, self.engine, self._answer, self.fail)
         self._stepper.seats[str(session.key)] = seat
-        tasks = [asyncio.create_task(one) for one in self._parts()]
+        parts = (self._write(), self._read(), self._prepare(), self._watch())
+        tasks = [asyncio.create_task(one) for one in parts]
         self._writer = tasks[0]
         try:
             await asyncio.wait([*tasks, self._failed], return_when=_FIRST)
             outcome = self._failed if self._failed.done() else next(task for task in tasks if task.done())
             await self._end(outcome.exception() if not outcome.cancelled() else _Drained())
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if self._stepper.seats.get(str(session.key)) is seat:
-                del self._stepper.seats[str(session.key)]
-            await self._release()
-            if self._failed.done():
-                self._failed.exception()  # nobody else may have asked
-            self._ended.set()
-
-    def _parts(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._write(), self._read(), self._prepare(), self._watch()]
+            try:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                if self._stepper.seats.get(str(session.key)) is seat:
+                    del self._stepper.seats[str(session.key)]
+                await self._release()
+            finally:  # also where this is cancelled: others wait for it
+                if self._failed.done():
+                    self._failed.exception()  # nobody else may have asked
+                self._ended.set()
 
     async def drain(self) -> None:
         """Hand the stream over: finish the frame in hand, save the state, tell the client where to go on."""

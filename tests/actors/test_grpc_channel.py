@@ -235,3 +235,36 @@ def test_a_call_whose_client_does_not_read_ends(monkeypatch: pytest.MonkeyPatch)
                         pass
 
     asyncio.run(run())
+
+
+def test_a_call_that_is_cancelled_twice_still_saves_its_stream() -> None:
+    """The first cancellation ends the stream; the second one, of a server that stops, finds it saving its state."""
+
+    async def run() -> None:
+        saving, may_go, saved = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def serve(channel: GrpcChannel) -> None:
+            assert await channel.receive() is None
+            saving.set()
+            await may_go.wait()
+            saved.set()
+
+        async def requests() -> AsyncIterator[Any]:
+            await asyncio.Event().wait()
+            yield
+
+        async def answer() -> None:
+            async for _ in serve_call(serve, GrpcChannel(requests(), {}, None)):
+                pass
+
+        call = asyncio.create_task(answer())
+        await asyncio.sleep(0)
+        call.cancel()
+        await saving.wait()
+        call.cancel()
+        await asyncio.wait([call])
+        may_go.set()
+        async with asyncio.timeout(5):
+            await saved.wait()
+
+    asyncio.run(run())

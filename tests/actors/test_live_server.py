@@ -683,3 +683,23 @@ def test_a_defect_in_one_stream_does_not_stop_the_others() -> None:
 
     with live_service() as service:
         asyncio.run(run(service))
+
+
+def test_a_stream_whose_task_is_cancelled_at_its_end_lets_nobody_wait() -> None:
+    async def cancel_and_drain(service: LiveService) -> None:
+        (connection,) = service.server.connections.values()
+        (serving,) = (task for task in asyncio.all_tasks() if "LiveServer.serve" in repr(task.get_coro()))
+        serving.cancel()
+        await asyncio.sleep(0)
+        serving.cancel()  # while it cleans up
+        async with asyncio.timeout(5):
+            await connection.drain()
+
+    async def run(service: LiveService) -> None:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+            await stream.send_picture(picture(0))
+            await anext(stream)
+            await asyncio.to_thread(service.call, cancel_and_drain(service))
+
+    with live_service() as service:
+        asyncio.run(run(service))
