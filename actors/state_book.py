@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -21,6 +22,11 @@ from infra.refusals import AdmissionRefused, StateLost
 
 MOST_BYTES: Final = 4 << 30
 KEPT_S: Final = 120.0  # for a client that lost its connection
+IDLE_S: Final = 10.0
+"""A stream that nobody wrote to for so long may have to make room: its client left it, or sends nothing.
+
+If it still has an owner, that one enters it again with its next snapshot; meanwhile it would begin anew after a crash.
+"""
 MOST_SNAPSHOTS: Final = 4
 UNKNOWN: Final = "state-unknown"
 
@@ -86,7 +92,8 @@ class StateBook:
     """See the module. Not for several threads.
 
     Args:
-        most_bytes: of all snapshots together; beyond it the oldest streams without a replica go first.
+        most_bytes: of all snapshots together. Beyond it those go that were idle longest, of the tenant that has most:
+            nobody fills the book for the others by opening streams and leaving them. Busy streams stay.
         kept_s: how long a stream is kept that nobody writes to.
     """
 
@@ -195,14 +202,26 @@ class StateBook:
         if self.size_bytes + size_bytes <= self._most_bytes:
             return
         self._expire()
-        if self.size_bytes + size_bytes > self._most_bytes:
-            raise AdmissionRefused(
-                f"The states of live streams take {self.size_bytes / 1e9:.1f} GB.",
-                code="states-full",
-                limit=f"{self._most_bytes / 1e9:.1f} GB",
-                remedy="Try again when other streams have ended, or give the service more memory for states.",
-                retry_after_s=self._kept_s / 4,
-            )
+        while self.size_bytes + size_bytes > self._most_bytes:
+            spare = self._longest_idle(keep) if size_bytes <= self._most_bytes else None
+            if spare is None:
+                raise AdmissionRefused(
+                    f"The states of live streams take {self.size_bytes / 1e9:.1f} GB.",
+                    code="states-full",
+                    limit=f"{self._most_bytes / 1e9:.1f} GB",
+                    remedy="Try again when other streams have ended, or give the service more memory for states.",
+                    retry_after_s=self._kept_s / 4,
+                )
+            del self._entries[spare]
+
+    def _longest_idle(self, keep: SessionKey | None) -> SessionKey | None:
+        """Return the stream to part with: of those that are idle, the oldest of the tenant that takes most room."""
+        idle = self._clock() - IDLE_S
+        spare = [key for key, entry in self._entries.items() if entry.touched <= idle and key != keep]
+        sizes: Counter[str] = Counter()
+        for key, entry in self._entries.items():
+            sizes[key.tenant] += entry.size_bytes
+        return min(spare, key=lambda key: (-sizes[key.tenant], self._entries[key].touched), default=None)
 
 
 def _digest(token: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actors.session import SessionKey
-from actors.state_book import UNKNOWN, Snapshot, StateBook
+from actors.state_book import IDLE_S, UNKNOWN, Snapshot, StateBook
 from infra.refusals import AdmissionRefused, StateLost
 
 KEY = SessionKey("tenant", "stream")
@@ -87,6 +87,33 @@ def test_full() -> None:
     book.put(KEY, 1, Snapshot(1, bytes(900)), received=1)
     clock.now = 61.0
     book.open(SessionKey("tenant", "next"), {}, Snapshot(0, bytes(900)))
+
+
+def test_a_tenant_that_leaves_its_streams_behind_does_not_fill_the_book_for_the_others() -> None:
+    clock = Clock()
+    book = StateBook(most_bytes=1000, kept_s=3600, clock=clock)
+    mine = SessionKey("mine", "idle")
+    book.open(mine, {}, Snapshot(0, bytes(300)))
+    clock.now = 1.0
+    left = [SessionKey("greedy", str(number)) for number in range(7)]
+    for key in left:
+        book.open(key, {}, Snapshot(0, bytes(100)))
+    busy = SessionKey("new", "busy")
+    with pytest.raises(AdmissionRefused):  # all of them may still be in use
+        book.open(busy, {}, Snapshot(0, bytes(100)))
+    clock.now = 1.0 + IDLE_S
+    book.put(left[0], 1, Snapshot(1, bytes(100)), received=1)  # makes room for its own second snapshot, and is busy now
+    book.open(busy, {}, Snapshot(0, bytes(100)))
+    with pytest.raises(AdmissionRefused):  # would never fit, so nothing else goes
+        book.open(SessionKey("new", "huge"), {}, Snapshot(0, bytes(1001)))
+    assert len(book) == 8
+    for key in (mine, busy, left[0], *left[2:]):
+        with pytest.raises(StateLost) as caught:
+            book.put(key, 0, Snapshot(9, b""), received=0)  # an owner of long ago: known, and refused
+        assert caught.value.code != UNKNOWN
+    with pytest.raises(StateLost) as caught:
+        book.put(left[1], 1, Snapshot(1, b""), received=1)
+    assert caught.value.code == UNKNOWN
 
 
 def test_a_stream_that_nobody_writes_to_is_forgotten() -> None:
