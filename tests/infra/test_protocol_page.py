@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from infra import protocol
 from infra.protocol import DropReason, Flag, FrameHeader
 from infra.refusals import KINDS
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/reference/protocol.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/reference/protocol.md").read_text()
 JPEG = bytes.fromhex("ffd8ffe000104a464946000101010060")
 EXAMPLES = {
     "sent": FrameHeader(7, 280_000, receipt=0x5EEDC0DE, acknowledged=6).pack(JPEG),
@@ -111,3 +114,21 @@ def test_the_limits_are_those_of_the_code() -> None:
     sides = f"{protocol.SMALLEST_SIDE} to {protocol.LARGEST_SIDE}"
     assert limits["a side of a frame"].startswith(sides) and sides in PAGE.split("| limit | value")[0]
     assert f"`{protocol.SUBPROTOCOL}`" in PAGE
+
+
+def refusal_codes() -> Iterator[tuple[str, str, str]]:
+    """Yield place, kind and code of every refusal that the code makes with a code of its own."""
+    for path in (file for package in ("actors", "infra") for file in sorted((ROOT / package).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in KINDS):
+                continue
+            for keyword in node.keywords:
+                if keyword.arg == "code" and isinstance(keyword.value, ast.Constant):
+                    yield f"{path.name}:{node.lineno}", node.func.id, str(keyword.value.value)
+
+
+def test_every_code_is_in_the_table_with_its_kind() -> None:
+    told = {code: names(row[1]) for row in rows("| code | kind") for code in re.findall(r"`([\w-]+)`", row[0])}
+    made = list(refusal_codes())
+    assert len(made) > 20
+    assert [one for one in made if told.get(one[2]) != [one[1]]] == []
