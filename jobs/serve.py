@@ -49,7 +49,8 @@ def serve(
         bool | None, typer.Option("--insecure", help="Listen beyond this machine without asking who is there.")
     ] = None,
     ingress: Annotated[
-        Ingress, typer.Option(help="What Ray Serve puts in front of the replicas; haproxy is faster and holds floods back.")
+        Ingress,
+        typer.Option(help="What Ray Serve puts in front of the replicas; haproxy is faster and holds floods back."),
     ] = "haproxy",
     device: Device = None,
     dtype: Dtype = None,
