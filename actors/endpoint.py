@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from actors.autoscaling import AutoscalingArguments, SessionLoadPolicy, measured_load
 from actors.gate import SettingsGate
 from actors.live_server import LiveConfig, LiveServer
 from actors.state_holder import HeldStates, holder
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 APPLICATION: Final = "upriver"
 DEPLOYMENT: Final = "live"
 _ASK_S: Final = 20.0
+_TELL_S: Final = 2.0  # between two figures of a replica's load
 
 
 class EngineConfig(BaseModel):
@@ -177,6 +179,10 @@ class Endpoint:
             async for packet in packets:
                 yield packet
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's controller asks each replica for, and hands to the policy: see `actors.autoscaling`."""
+        return measured_load(self.server)
+
     async def __del__(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -194,7 +200,7 @@ class ApplicationArguments(BaseModel):
 
     Attributes:
         live: settings of the service, see `infra.live_settings`; those of the environment and the file apply as well.
-        replicas: each holds all models.
+        replicas: each holds all models. autoscaling: if it is there, their number follows the streams' load.
         num_gpus, num_cpus: what a replica reserves.
         drain_s: how long a replica that is stopped may take to hand its streams over.
     """
@@ -203,6 +209,7 @@ class ApplicationArguments(BaseModel):
     live: dict[str, Any] = {}
     engine: EngineConfig = EngineConfig()
     replicas: int = Field(default=1, ge=1, le=4096)
+    autoscaling: AutoscalingArguments | None = None
     num_gpus: float = Field(default=0.0, ge=0, le=64)
     num_cpus: float = Field(default=1.0, ge=0, le=4096)
     drain_s: float = Field(default=60.0, gt=0, le=86_400)
@@ -221,7 +228,7 @@ def application(args: ApplicationArguments | dict[str, Any]) -> Application:
     deployment: Any = serve.deployment(  # Serve's types do not know what its decorators return
         serve.ingress(lambda: _build(told))(Endpoint),
         name=DEPLOYMENT,
-        num_replicas=args.replicas,
+        **_number_of_replicas(args),
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         # Streams are counted and refused by the replica itself, in words; Serve must not queue them before.
         max_ongoing_requests=4 * settings.sessions + 100,
@@ -234,3 +241,26 @@ def application(args: ApplicationArguments | dict[str, Any]) -> Application:
     )
     made: Application = deployment.bind(told, args.engine.model_dump())
     return made
+
+
+def _number_of_replicas(args: ApplicationArguments) -> dict[str, Any]:
+    scaling = args.autoscaling
+    if scaling is None:
+        return {"num_replicas": args.replicas}
+    policy = {
+        # By its place, so that Serve's controller imports it, and a new version of it comes with the new code.
+        "policy_function": f"{SessionLoadPolicy.__module__}:{SessionLoadPolicy.__qualname__}",
+        "policy_kwargs": {"target_load": scaling.target_load},
+    }
+    return {
+        "num_replicas": None,
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "metrics_interval_s": _TELL_S,
+            "look_back_period_s": 5 * _TELL_S,
+            "policy": policy,
+        },
+    }

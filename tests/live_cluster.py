@@ -51,7 +51,7 @@ class LiveCluster:
     def deploy(self, *, models: list[str], replicas: int = 1, **options: Any) -> None:
         """Deploy the application, or roll it over to these options; returns when the new version runs.
 
-        `options`: of `LiveSettings`, besides `drain_s`, `threads` and `largest_batch`.
+        `options`: of `LiveSettings`, besides `drain_s`, `threads`, `largest_batch` and `autoscaling`.
         """
         self.order("deploy", models=models, replicas=replicas, options=options)
 
@@ -131,11 +131,11 @@ def _obey(order: dict[str, Any]) -> Any:
         drain_s = options.pop("drain_s", 30.0)
         engine = {"threads": options.pop("threads", 1), "largest_batch": options.pop("largest_batch", 8)}
         arguments = {"live": options, "engine": engine, "num_cpus": 0.5, "drain_s": drain_s}
-        deployment = {
-            "name": "live",
-            "num_replicas": order["replicas"],
-            "user_config": {"models": order["models"]},
-        }
+        deployment = {"name": "live", "user_config": {"models": order["models"]}}
+        if scaling := options.pop("autoscaling", None):
+            arguments["autoscaling"] = scaling
+        else:
+            deployment["num_replicas"] = order["replicas"]
         app = {
             "name": "live",
             "route_prefix": "/",
