@@ -152,7 +152,7 @@ def _obey(order: dict[str, Any]) -> Any:
         controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         details = ray.get(controller.get_serve_instance_details.remote())
         live = details["applications"].get("live", {"deployments": {}})["deployments"].get("live", {"replicas": []})
-        return {one["replica_id"]: {"state": one["state"], "pid": one["pid"]} for one in live["replicas"]}
+        return {one["replica_id"]: {"state": one["state"], "pid": one.get("pid")} for one in live["replicas"]}
     raise ValueError(order["what"])
 
 
