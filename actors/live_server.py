@@ -41,6 +41,7 @@ from infra.protocol import (
 from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, Refusal, ServiceFailure, StateLost, TimedOut
 from infra.structured_logs import add_log_context
 from infra.telemetry import Telemetry
+from pipeline.errors import StateError
 from pipeline.state import StreamState
 
 if TYPE_CHECKING:
@@ -360,9 +361,16 @@ class LiveServer:
     def _state(self, engine: LiveEngine, hello: Hello, takeover: Takeover | None) -> StreamState:
         if takeover is None or not takeover.snapshot.state:
             return engine.pipe.start(seed=hello.seed)
-        return StreamState.load(
-            io.BytesIO(takeover.snapshot.state), engine.pipe.device, model_sha256=engine.model_sha256
-        )
+        try:
+            return StreamState.load(
+                io.BytesIO(takeover.snapshot.state), engine.pipe.device, model_sha256=engine.model_sha256
+            )
+        except StateError as error:  # written by a newer version, of which this replica is the one before
+            raise StateLost(
+                f"The state of the stream cannot be read here: {error.message}",
+                code="state-unreadable",
+                remedy="Open a new stream: its first frame is restored without memory of those before.",
+            ) from error
 
     def _require_size(self, hello: Hello, channel: Channel) -> None:
         config, sides = self.config, (hello.width, hello.height)

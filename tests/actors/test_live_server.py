@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import json
 import weakref
@@ -23,6 +24,7 @@ from infra.client import LiveStream
 from infra.live_answer import LiveAnswer
 from infra.protocol import Deadline, DropReason, Flag, FrameHeader, Hello, Newest, Welcome, dump
 from infra.refusals import AdmissionRefused, BadMessage, FrameTooLarge, ServiceFailure, StateLost
+from pipeline.state import VERSION, StreamState
 from tests.live_service import LiveService, live_service, open_live_engine
 
 RAW = {"codec_in": "raw", "codec_out": "raw"}
@@ -129,6 +131,27 @@ def test_a_lost_connection_is_resumed_from_the_last_state() -> None:
     assert [answer.id for answer in answers] == list(range(60))
     assert [answer.header.index for answer in answers] == list(range(60))
     assert stream.hand_overs == 2 and stream.restarts == 0
+
+
+def test_a_state_of_a_newer_version_is_not_guessed_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a service is rolled back: the version before has the stream begin anew, visibly."""
+
+    async def run(service: LiveService) -> tuple[list[LiveAnswer], LiveStream]:
+        async with LiveStream(service.url, Hello(width=32, height=24, **RAW)) as stream:
+            answers = []
+            for number in range(10):
+                await stream.send_picture(picture(number))
+                answers.append(await anext(stream))
+                if number == 5:
+                    stream._wire._socket.transport.abort()  # type: ignore[union-attr]
+            return answers, stream
+
+    write = StreamState.to_bytes
+    monkeypatch.setattr(StreamState, "to_bytes", lambda state: write(dataclasses.replace(state, version=VERSION + 1)))
+    with live_service(LiveConfig(state_interval_s=0.001)) as service:
+        answers, stream = asyncio.run(run(service))
+    assert [answer.id for answer in answers] == list(range(10))
+    assert (stream.restarts, Flag.RESET in answers[6].header.flags) == (1, True)
 
 
 def test_a_stream_whose_state_is_lost_begins_anew_and_says_so() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pipeline.state
 from pipeline import StateError, StreamState
 
 MODEL = "a" * 64
+STATES = Path(__file__).resolve().parents[1] / "data/states"
 
 
 def full_state(dtype: torch.dtype = torch.float32) -> StreamState:
@@ -111,6 +113,21 @@ def test_an_unknown_version_is_refused_and_both_are_named(tmp_path: Path) -> Non
     with pytest.raises(StateError, match=f"version 99.* reads {pipeline.state.VERSION}") as caught:
         StreamState.load(path)
     assert caught.value.code == "state-version"
+
+
+def pattern(*shape: int) -> torch.Tensor:
+    """Return numbers in [-1, 1] that are written nowhere but here, equal on every machine."""
+    steps = torch.arange(math.prod(shape), dtype=torch.int64) * 7919 % 2001 - 1000
+    return steps.to(torch.float32).div(1000).reshape(shape)
+
+
+@pytest.mark.parametrize("version", range(1, pipeline.state.VERSION + 1))
+def test_a_file_that_an_earlier_version_wrote_is_read(version: int) -> None:
+    """Each version's file is kept: it was written when that version was the newest, and is never written again."""
+    expected = StreamState(model_sha256="5e" * 32, seed=2**64 - 2, index=12)
+    expected.advance(pattern(3, 64, 96).to(torch.bfloat16), pattern(3, 16, 24))
+    expected.detector = {"histogram": torch.arange(7), "mean": torch.tensor(0.25)}
+    assert_same(StreamState.load(STATES / f"version-{version}.safetensors"), expected)
 
 
 def test_the_schema_before_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
