@@ -51,6 +51,7 @@ class LiveStream:
         url: ``ws://`` or ``wss://`` of the service, with or without ``/v1/streams``; or ``grpc://`` or ``grpcs://``.
         hello: what the stream is; credentials are added from `api_key` or `token`.
         give_up_s: how long the service may be unreachable before the stream fails.
+        open_s: the same before the stream is open, which is also how long it waits for room; None: `give_up_s`.
         connect: another transport: takes the address, returns a `Wire`.
 
     Attributes:
@@ -71,6 +72,7 @@ class LiveStream:
         api_key: str | None = None,
         token: str | None = None,
         give_up_s: float = 30.0,
+        open_s: float | None = None,
         connect: Connect | None = None,
     ) -> None:
         credentials = protocol.Credentials(
@@ -80,6 +82,7 @@ class LiveStream:
         self._url = url
         self._hello = hello.model_copy(update={"credentials": given})
         self._give_up_s, self._connect = give_up_s, connect or transport_for(url)
+        self._open_s = give_up_s if open_s is None else open_s
         self.hand_overs = self.restarts = 0
         self.stats: protocol.Stats | None = None
         self._kept = KeptFrames(in_groups=hello.codec_in == "h264")
@@ -100,7 +103,7 @@ class LiveStream:
         self._closing = self._closed = False
 
     async def __aenter__(self) -> Self:
-        await self._open(time.monotonic() + self._give_up_s, resume=False)
+        await self._open(time.monotonic() + self._open_s, resume=False)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._pump())]
         return self
 
