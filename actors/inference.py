@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,7 +29,16 @@ from actors.oip import (
 )
 from actors.oip_parameters import CallParameters
 from actors.predictor_backend import Backend, Caller, LiveService, require_model
-from actors.sequences import DeadlineExceeded, Restored, SequenceKey, SequenceLimits, Sequences, finish, restore
+from actors.sequences import (
+    DeadlineExceeded,
+    Restored,
+    SequenceKey,
+    SequenceLimits,
+    Sequences,
+    finish,
+    look_at,
+    restore,
+)
 from infra.errors import NetworkError
 from infra.protocol import Hello, output_size
 from infra.refusals import AdmissionRefused, Forbidden, Refusal, ServiceFailure
@@ -122,14 +132,13 @@ class Inference:
             require_model(self.backend, model, version)
         return not self.draining and await self.backend.is_ready()
 
-    async def infer(self, call: Call, caller: Caller) -> Result:
-        """Restore what a request holds; transports have admitted its caller before.
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among the requests that are under way. Transports take it before they read what a caller sends.
 
         Raises:
-            Refusal: for whatever reason; there is no other error but those of the program itself.
+            AdmissionRefused: there is none left.
         """
-        began_s = time.perf_counter()
-        require_model(self.backend, call.model, call.version)
         if self.under_way >= self.settings.requests:
             raise AdmissionRefused(
                 f"{self.under_way} requests are under way.",
@@ -139,6 +148,19 @@ class Inference:
                 retry_after_s=_RETRY_AFTER_S,
             )
         self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+
+    async def infer(self, call: Call, caller: Caller) -> Result:
+        """Restore what a request holds; its caller has been admitted, and it has a place.
+
+        Raises:
+            Refusal: for whatever reason; there is no other error but those of the program itself.
+        """
+        began_s = time.perf_counter()
+        require_model(self.backend, call.model, call.version)
         try:
             parameters = CallParameters.read(call.parameters)
             require_outputs(call.outputs)
@@ -150,8 +172,6 @@ class Inference:
             self.statistics.count(call.model, call.transport, "internal", began_s)
             logger.exception("a request failed")
             raise ServiceFailure("The request failed.", code="internal", remedy="Try again.") from error
-        finally:
-            self.under_way -= 1
         headers = [answer.header for answer in restored.answers]
         self.statistics.count(call.model, call.transport, "ok", began_s, headers)
         return self._result(call, parameters, restored, single)
@@ -198,22 +218,30 @@ class Inference:
             raise bad(error.message, error.remedy, code=error.code) from None
 
     async def _alone(self, clip: Clip, parameters: CallParameters, hello: Hello, caller: Caller) -> Restored:
-        """A stream for one request. It is closed behind the answer's back."""
-        stream = self.backend.open_stream(caller, hello)
+        """A stream for one request, which ends with it."""
+        # A task, and not `asyncio.timeout`: opening a stream may swallow a cancellation that comes just as it is open.
+        working = asyncio.create_task(self._by_itself(clip, parameters, hello, caller))
+        working.add_done_callback(look_at)
         try:
-            async with asyncio.timeout(parameters.timeout_s):
-                await stream.__aenter__()
-                try:
-                    return await restore(stream, hello, clip, cut=parameters.cut)
-                finally:
-                    closing = asyncio.create_task(finish(stream))
-                    self._closing.add(closing)
-                    closing.add_done_callback(self._closing.discard)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"The answer did not come within {parameters.timeout_s:g} s.",
-                remedy="Send it again, or give it more time.",
-            ) from None
+            await asyncio.wait([working], timeout=parameters.timeout_s)
+            if working.done():
+                return working.result()
+        finally:
+            working.cancel()
+        raise DeadlineExceeded(
+            f"The answer did not come within {parameters.timeout_s:g} s.",
+            remedy="Send it again, or give it more time.",
+        )
+
+    async def _by_itself(self, clip: Clip, parameters: CallParameters, hello: Hello, caller: Caller) -> Restored:
+        stream = self.backend.open_stream(caller, hello)
+        await stream.__aenter__()
+        try:
+            return await restore(stream, hello, clip, cut=parameters.cut)
+        finally:  # the answer does not wait for the end
+            closing = asyncio.create_task(finish(stream))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     def _result(self, call: Call, parameters: CallParameters, restored: Restored, single: bool) -> Result:
         about = {"model_sha256": restored.model_sha256}

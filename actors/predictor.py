@@ -98,7 +98,8 @@ class UpriverModel(kserve.Model):
         caller = headers.caller if isinstance(headers, CallerHeaders) else Caller.of(headers or {}, None, is_web=False)
         if isinstance(payload, Call):
             return await self.inference.infer(payload, caller)
-        return _response(await self.inference.infer(_call(self.name, payload), caller), payload)
+        with self.inference.place():
+            return _response(await self.inference.infer(_call(self.name, payload), caller), payload)
 
 
 class UpriverRepository(ModelRepository):

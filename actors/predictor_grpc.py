@@ -26,6 +26,7 @@ from actors.oip_errors import grpc_code, trailing_metadata
 from actors.oip_rest import elements_of, packed_elements
 from actors.predictor import CallerHeaders, UpriverRepository
 from actors.predictor_backend import Caller, require_model
+from infra.errors import SettingsError
 from infra.oip_messages import DATA_TYPES, SERVICE, message_class
 from infra.refusals import Refusal, ServiceFailure
 from infra.tenants import Scope
@@ -113,8 +114,14 @@ class OipServicer(InferenceServicer):
         return pb.ModelMetadataResponse(**told)
 
     @_refusing
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
-        return await self._infer(request, await self._ask(context, Scope.LIVE))
+    async def ModelInfer(self, requests: Any, context: Any) -> Any:
+        """Answer one request. It is read as a stream of one, so that nothing is read of a caller who is refused."""
+        caller = await self._ask(context, Scope.LIVE)
+        with self._inference.place():
+            request = await anext(aiter(requests), None)
+            if request is None:
+                raise bad("The call has no request.", "Send one.")
+            return await self._infer(request, caller)
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         """Answer the requests of one call one by one; what is refused is told in its place, and the call goes on."""
@@ -126,7 +133,8 @@ class OipServicer(InferenceServicer):
             return
         async for request in requests:
             try:
-                response = await self._infer(request, caller)
+                with self._inference.place():
+                    response = await self._infer(request, caller)
             except Refusal as refusal:
                 # The answer names its request, as Triton's does, so that a caller with several under way can tell.
                 empty = pb.ModelInferResponse(id=request.id, model_name=request.model_name)
@@ -138,7 +146,7 @@ class OipServicer(InferenceServicer):
         require_model(self._backend, request.model_name, request.model_version)
         model = self._repository.get_model(request.model_name)
         assert model is not None
-        call = read_request(request, self._inference.settings.max_request_bytes)
+        call = read_request(request)
         try:
             result, _ = await model(call, headers=CallerHeaders(caller))
         except Refusal:
@@ -201,7 +209,7 @@ class OipServicer(InferenceServicer):
         return message_class("RepositoryModelResponse")(model_name=name, done=True)
 
 
-def read_request(request: Any, limit_bytes: int) -> Call:
+def read_request(request: Any) -> Call:
     """Return what a `ModelInferRequest` asks for.
 
     Raises:
@@ -288,8 +296,14 @@ def add_to_server(servicer: OipServicer, server: grpc.aio.Server) -> None:
 
     handlers = {
         name: unary(name, getattr(pb, f"{name}Request"), getattr(pb, f"{name}Response"))
-        for name in ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+        for name in ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata")
     }
+    # One message or a stream of one are the same on the wire.
+    handlers["ModelInfer"] = grpc.stream_unary_rpc_method_handler(
+        servicer.ModelInfer,
+        request_deserializer=pb.ModelInferRequest.FromString,
+        response_serializer=pb.ModelInferResponse.SerializeToString,
+    )
     for name in ("ModelConfig", "ModelStatistics", "RepositoryIndex"):
         handlers[name] = unary(name, message_class(f"{name}Request"), message_class(f"{name}Response"))
     for name in ("RepositoryModelLoad", "RepositoryModelUnload"):
@@ -304,24 +318,40 @@ def add_to_server(servicer: OipServicer, server: grpc.aio.Server) -> None:
 
 
 async def start_grpc(
-    servicer: OipServicer, address: str, *, max_request_bytes: int, max_result_bytes: int
+    servicer: OipServicer, address: str, *, max_request_bytes: int, max_result_bytes: int, most_calls: int
 ) -> grpc.aio.Server:
     """Return a server that listens at ``host:port``.
 
+    Args:
+        most_calls: at a time, those included that only ask; more end with RESOURCE_EXHAUSTED.
+
     Raises:
-        RuntimeError: it cannot listen there.
+        SettingsError: it cannot listen there.
     """
     server = grpc.aio.server(
+        maximum_concurrent_rpcs=most_calls,
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_send_message_length", max_result_bytes + (1 << 20)),
             ("grpc.so_reuseport", 0),  # a second process on the port is an error, not half of its calls
-        ]
+        ],
     )
     add_to_server(servicer, server)
-    server.add_insecure_port(address)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError:
+        raise port_taken(address) from None
     await server.start()
     return server
+
+
+def port_taken(address: str) -> SettingsError:
+    """Return the error of a server that cannot listen."""
+    return SettingsError(
+        f"The address {address} cannot be listened on.",
+        code="port-taken",
+        remedy="Choose another port, or stop what listens there; see --http-port and --grpc-port.",
+    )
 
 
 async def stop_grpc(server: grpc.aio.Server, grace_s: float) -> None:

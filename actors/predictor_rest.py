@@ -174,11 +174,15 @@ def _models(inference: Inference, repository: UpriverRepository) -> APIRouter:
         model: str, request: Request, caller: Annotated[Caller, Depends(ask_live)], version: str = ""
     ) -> Response:
         require_model(backend, model, version)
+        with inference.place():
+            try:
+                return await restored(model, request, caller, version)
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody is there to read it
+
+    async def restored(model: str, request: Request, caller: Caller, version: str) -> Response:
         limit = inference.settings.max_request_bytes
-        try:
-            body = await _body(request, limit)
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody is there to read it
+        body = await _body(request, limit)
         encoding, length = (request.headers.get(name) for name in ("content-encoding", HEADER_LENGTH))
 
         def read() -> Any:

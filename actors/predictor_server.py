@@ -20,7 +20,7 @@ from kserve.protocol.rest.server import RESTServer
 from actors.inference import Inference
 from actors.predictor import UpriverRepository, kserve
 from actors.predictor_backend import GatewayUnsafe, LiveService, backend_for
-from actors.predictor_grpc import OipServicer, start_grpc, stop_grpc
+from actors.predictor_grpc import OipServicer, port_taken, start_grpc, stop_grpc
 from actors.predictor_rest import make_predictor_app
 from infra.errors import SettingsError
 from infra.refusals import AdmissionRefused
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _GRACE_S: Final = 10
 _LOOK_S: Final = 2.0
+_OTHER_CALLS: Final = 64  # that ask for readiness, metadata, statistics
 
 
 class _Rest(RESTServer):
@@ -95,8 +96,8 @@ class PredictorServer(kserve.ModelServer):
             started: called when both ports are open and models are ready.
 
         Raises:
-            SettingsError: the gateway would let others reach a service that asks nobody for credentials.
-            PipelineError, StorageError: a model cannot be loaded. OSError, RuntimeError: a port cannot be used.
+            SettingsError: a port is taken; the gateway would let others reach a service that asks nobody.
+            PipelineError, StorageError: a model cannot be loaded.
         """
         settings, inference = self.settings, self.inference
         await inference.start()
@@ -109,6 +110,7 @@ class PredictorServer(kserve.ModelServer):
             address,
             max_request_bytes=settings.max_request_bytes,
             max_result_bytes=settings.max_result_bytes,
+            most_calls=settings.requests + settings.sequences + _OTHER_CALLS,
         )
         rest = _Rest(make_predictor_app(inference, repository), self, host)
         serving = asyncio.create_task(_run(rest))
@@ -151,4 +153,4 @@ async def _run(rest: _Rest) -> None:
     try:
         await rest.start()
     except SystemExit as error:  # the web server's way to say that it cannot listen
-        raise OSError(f"The port {rest.config.port} cannot be used.") from error
+        raise port_taken(f"{rest.config.host}:{rest.config.port}") from error

@@ -197,7 +197,7 @@ class Sequences:
         taking = asyncio.create_task(self._take(key, sequence, clip, parameters, hello, open_stream))
         self._tasks.add(taking)
         taking.add_done_callback(self._tasks.discard)
-        taking.add_done_callback(_look_at)
+        taking.add_done_callback(look_at)
         try:
             async with asyncio.timeout(None if deadline is None else max(0.0, deadline - self._clock())):
                 return await asyncio.shield(taking)
@@ -420,6 +420,7 @@ def _require_fit(
             )
 
 
-def _look_at(done: asyncio.Task[Restored]) -> None:
+def look_at(done: asyncio.Task[Restored]) -> None:
+    """Take notice of how a task ended whose caller may have gone: asyncio would complain that nobody did."""
     if not done.cancelled():
-        done.exception()  # its caller may have gone
+        done.exception()

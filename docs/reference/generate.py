@@ -1,4 +1,4 @@
-"""Writes `cli.md` and the two `*_settings.md` beside this file from the code itself: `make docs`. Tests keep them current.
+"""Writes `cli.md` and the `*_settings.md` beside this file from the code itself: `make docs`. Tests keep them current.
 
 The text of each command is what `upriver COMMAND --help` prints, at a fixed width.
 """
