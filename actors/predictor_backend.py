@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
+from actors.errors import describe_failure
 from actors.gate import SettingsGate
 from actors.live_server import LiveConfig, LiveServer
 from actors.local_channel import local_transport
@@ -28,7 +29,7 @@ from infra.client import LiveStream
 from infra.listening import is_loopback
 from infra.live_wire import transport_for
 from infra.protocol import Credentials, Hello
-from infra.refusals import AdmissionRefused, BadMessage, Forbidden, Refusal
+from infra.refusals import AdmissionRefused, BadMessage, Forbidden, Refusal, ServiceFailure
 from infra.telemetry import Telemetry
 from infra.tenants import Scope
 
@@ -166,8 +167,18 @@ class OwnEngine:
 
     async def load(self, model: str) -> None:
         source = require_loadable(model, self._settings)
-        if model not in self.server.engines:
+        if model in self.server.engines:
+            return
+        try:
             await self._load(model, source)
+        except Exception as error:
+            failure = describe_failure(error)
+            logger.error("the model %s cannot be loaded", model, exc_info=error)
+            raise ServiceFailure(
+                f"The model {model} cannot be loaded: {failure['message']}",
+                code="model-load-failed",
+                remedy=failure["remedy"],
+            ) from None
 
     async def unload(self, model: str) -> None:
         require_loadable(model, self._settings)

@@ -20,6 +20,8 @@ import numpy as np
 import tritonclient.grpc
 import tritonclient.http
 
+from infra.api_keys import changing, make_key
+from infra.tenants import Scope
 from tests.object_stores import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +35,7 @@ class Predictor:
     process: subprocess.Popen[str]
     http_port: int
     grpc_port: int
+    fronts: bool  # a service, and has no engine of its own
 
     @property
     def http(self) -> str:
@@ -59,7 +62,7 @@ def predictor(*arguments: str | Path, settings: dict[str, str] | None = None) ->
                 break
         else:
             raise AssertionError(f"the predictor did not start: {process.wait()}")
-        yield Predictor(process, http_port, grpc_port)
+        yield Predictor(process, http_port, grpc_port, "--service" in arguments)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -91,10 +94,37 @@ class TritonClient:
 
     def infer(self, frames: np.ndarray[Any, Any] | Sequence[bytes], model: str = STAND_IN, **options: Any) -> Any:
         """Send one request with pixels or files; returns Triton's result."""
-        return self.client.infer(model, [self.tensor(frames)], headers=self.headers, **options)
+        return self.send(model, [self.tensor(frames)], **options)
+
+    def send(self, model: str, tensors: list[Any], **options: Any) -> Any:
+        """Send one request with these tensors."""
+        headers = None if self.headers is None else dict(self.headers)  # over REST, the client writes into it
+        return self.client.infer(model, tensors, headers=headers, **options)
 
     def close(self) -> None:
         self.client.close()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A file of API keys, and the keys: two tenants' for streams, and an operator's for everything."""
+
+    file: Path
+    live: str
+    other: str
+    admin: str
+
+    @classmethod
+    def make(cls, folder: Path) -> Keys:
+        """Write the file."""
+        file = folder / "keys.json"
+        made = []
+        for tenant, scopes in (("studio", {Scope.LIVE}), ("rival", {Scope.LIVE}), ("operator", set(Scope))):
+            key, record = make_key(tenant, scopes)
+            with changing(file) as records:
+                records.append(record)
+            made.append(key)
+        return cls(file, *made)
 
 
 def restored(result: Any) -> np.ndarray[Any, Any]:

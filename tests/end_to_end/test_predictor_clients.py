@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from typing import Any
 
+import av
 import httpx2 as httpx
 import numpy as np
 import pytest
@@ -21,11 +22,23 @@ import torch
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from actors.live_server import LiveConfig
 from actors.replay import LogEntry, replay
+from infra.live_settings import LiveSettings
+from infra.tenants import TenantLimits
 from pipeline.engine import open_engine
 from tests.live_service import live_service
-from tests.predictor_process import STAND_IN, Predictor, TritonClient, enlarged, picture, predictor, restored
+from tests.predictor_process import (
+    ROOT,
+    STAND_IN,
+    Keys,
+    Predictor,
+    TritonClient,
+    enlarged,
+    picture,
+    predictor,
+    restored,
+)
+from tests.web_server import WebServer
 
 LIMITS = {
     "UPRIVER_PREDICTOR_SEQUENCES": "256",
@@ -33,28 +46,47 @@ LIMITS = {
     "UPRIVER_PREDICTOR_MAX_REQUEST_BYTES": "1000000",
     "UPRIVER_PREDICTOR_MAX_RESULT_BYTES": "8000000",
     "UPRIVER_PREDICTOR_SEQUENCE_QUEUE": "4",
+    "UPRIVER_PREDICTOR_DRAIN_S": "0.1",
 }
 
 
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    """Both kinds ask for keys: the engine's by itself, the service behind the other."""
+    return Keys.make(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="module")
+def films() -> Iterator[WebServer]:
+    """Where videos can be fetched from."""
+    with WebServer() as server:
+        server.pages["/walk.mp4"] = (ROOT / "tests/data/walk_lr.mp4").read_bytes()
+        server.pages["/page.html"] = b"<html>" * 1000
+        yield server
+
+
 @pytest.fixture(scope="module", params=["engine", "service"])
-def running(request: pytest.FixtureRequest) -> Iterator[Predictor]:
+def running(request: pytest.FixtureRequest, keys: Keys, films: WebServer) -> Iterator[Predictor]:
     """A predictor with an engine of its own, and one in front of a service."""
+    reach = {"schemes": ["http"], "networks": ["127.0.0.0/8"], "ports": [films.port]}
+    settings = LIMITS | {"UPRIVER_PREDICTOR_FETCH": json.dumps(reach)}
     if request.param == "engine":
-        with predictor("--model", STAND_IN, "--model", "tiny", settings=LIMITS) as own:
+        settings["UPRIVER_PREDICTOR_LOADABLE"] = "second=stand-in:1,absent=/nowhere/at/all"
+        with predictor("--model", STAND_IN, "--model", "tiny", "--keys", keys.file, settings=settings) as own:
             yield own
     else:
-        config = LiveConfig(most_sessions=300)
+        live = LiveSettings(sessions=512, keys_file=keys.file, limits=TenantLimits(sessions=512))
         with (
-            live_service(config, STAND_IN, "tiny") as service,
-            predictor("--service", service.url, "--model", STAND_IN, "--model", "tiny", settings=LIMITS) as gateway,
+            live_service(None, STAND_IN, "tiny", settings=live) as service,
+            predictor("--service", service.url, "--model", STAND_IN, "--model", "tiny", settings=settings) as gateway,
         ):
             yield gateway
 
 
-@pytest.fixture(scope="module", params=["http", "grpc"])
-def client(running: Predictor, request: pytest.FixtureRequest) -> Iterator[TritonClient]:
+@pytest.fixture(params=["http", "grpc"])
+def client(running: Predictor, keys: Keys, request: pytest.FixtureRequest) -> Iterator[TritonClient]:
     """Triton's client of it, over each transport."""
-    made = TritonClient(running, request.param)
+    made = TritonClient(running, request.param, {"x-api-key": keys.live})
     yield made
     made.close()
 
@@ -95,16 +127,17 @@ def equivalent(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
 
 
 def test_it_tells_what_it_is(client: TritonClient) -> None:
-    asked = client.client
+    asked, told = client.client, {"headers": client.headers}
     assert asked.is_server_live() and asked.is_server_ready() and asked.is_model_ready(STAND_IN)
     if client.transport == "http":
-        about, server = asked.get_model_metadata(STAND_IN), asked.get_server_metadata()
-        config = asked.get_model_config(STAND_IN)
-        index = asked.get_model_repository_index()
+        about, server = asked.get_model_metadata(STAND_IN, **told), asked.get_server_metadata()
+        config = asked.get_model_config(STAND_IN, **told)
+        index = asked.get_model_repository_index(**told)
     else:
-        about, server = (asked.get_model_metadata(STAND_IN, as_json=True), asked.get_server_metadata(as_json=True))
-        config = asked.get_model_config(STAND_IN, as_json=True)["config"]
-        index = asked.get_model_repository_index(as_json=True)["models"]
+        told["as_json"] = True
+        about, server = asked.get_model_metadata(STAND_IN, **told), asked.get_server_metadata(as_json=True)
+        config = asked.get_model_config(STAND_IN, **told)["config"]
+        index = asked.get_model_repository_index(**told)["models"]
     assert server["name"] == "upriver" and {"sequence", "binary_tensor_data", "statistics"} <= set(server["extensions"])
     assert about["versions"] == ["1"]
     assert [(each["name"], each["datatype"]) for each in about["inputs"]] == [
@@ -113,7 +146,8 @@ def test_it_tells_what_it_is(client: TritonClient) -> None:
     ]
     assert [str(side) for side in about["outputs"][0]["shape"]] == ["-1", "-1", "-1", "3"]
     assert config["name"] == STAND_IN and config["input"][0]["data_type"] == "TYPE_UINT8"
-    assert {each["name"]: each["state"] for each in index} == {STAND_IN: "READY", "tiny": "READY"}
+    states = {each["name"]: each["state"] for each in index}
+    assert states.pop(STAND_IN) == states.pop("tiny") == "READY" and set(states.values()) <= {"UNAVAILABLE"}
 
 
 def test_one_frame_or_some(client: TritonClient) -> None:
@@ -169,33 +203,34 @@ def test_a_sequence_restores_each_frame_from_those_before_it(client: TritonClien
     assert all(equivalent(one, other) for one, other in zip(clip, found, strict=True))
 
 
-def test_sequences_run_side_by_side_and_do_not_mix(running: Predictor) -> None:
-    """200 at a time, frame by frame in turn, over both transports, started and ended by text names and by numbers."""
-    clients = [TritonClient(running, "grpc"), TritonClient(running, "http")]
+def test_sequences_run_side_by_side_and_do_not_mix(running: Predictor, keys: Keys) -> None:
+    """200 at a time, frame by frame in turn, of two tenants who use the same names, which are numbers and texts."""
+    tenants = [TritonClient(running, "grpc", {"x-api-key": key}) for key in (keys.live, keys.other)]
 
     def one_turn(number: int, turn: int) -> None:
         frame = picture(1000 * turn + number, 16, 16)
-        name = number + 1 if number % 2 else f"camera {number}"
+        name = number // 2 + 1 if number % 4 < 2 else f"camera {number // 2}"
         place = {"sequence_id": name, "sequence_start": turn == 0, "sequence_end": turn == 2}
-        answer = clients[0].infer(frame, **place)
+        answer = tenants[number % 2].infer(frame, **place)
         assert (restored(answer) == enlarged(frame)).all()
         assert answer.as_numpy("index").tolist() == [turn]
-        assert answer.as_numpy("reset").tolist() == [turn == 0] or turn > 0
+
+    def open_sequences() -> str:
+        page = httpx.get(f"{running.http}/metrics", headers={"X-Api-Key": keys.admin}).text
+        (line,) = [line for line in page.splitlines() if line.startswith("upriver_predictor_sequences ")]
+        return line.split()[1]
 
     with ThreadPoolExecutor(16) as pool:
         for turn in range(3):
             list(pool.map(one_turn, range(200), [turn] * 200))
-            if turn < 2:
-                page = httpx.get(f"{running.http}/metrics").text
-                assert "upriver_predictor_sequences 200.0" in page
-    assert "upriver_predictor_sequences 0.0" in httpx.get(f"{running.http}/metrics").text
-    for each in clients:
+            assert open_sequences() == ("200.0" if turn < 2 else "0.0")
+    for each in tenants:
         each.close()
 
 
 @pytest.mark.slow
-def test_200_sequences_of_a_model_with_memory_equal_their_offline_runs(running: Predictor) -> None:
-    client = TritonClient(running, "grpc")
+def test_200_sequences_of_a_model_with_memory_equal_their_offline_runs(running: Predictor, keys: Keys) -> None:
+    client = TritonClient(running, "grpc", {"x-api-key": keys.live})
 
     def frame(number: int, turn: int) -> np.ndarray[Any, Any]:
         return picture(1000 * turn + number, 16, 16)
@@ -220,7 +255,7 @@ def test_requests_of_one_sequence_take_turns(running: Predictor, client: TritonC
     taken: list[tuple[int, int]] = []
 
     def send(number: int) -> None:
-        own = TritonClient(running, client.transport)  # over REST, a client is for one thread
+        own = TritonClient(running, client.transport, client.headers)  # over REST, a client is for one thread
         try:
             answer = own.infer(picture(number, count=4), sequence_id=5)
         except InferenceServerException as error:
@@ -260,7 +295,7 @@ def test_wrong_order(client: TritonClient) -> None:
 
 def test_a_sequence_may_end_without_a_frame(client: TritonClient) -> None:
     client.infer(picture(3), sequence_id=8, sequence_start=True)
-    answer = client.client.infer(STAND_IN, [], sequence_id=8, sequence_end=True)
+    answer = client.send(STAND_IN, [], sequence_id=8, sequence_end=True)
     assert answer.as_numpy("index").tolist() == []
     refused(client, 400, "FAILED_PRECONDITION", "has ended", lambda: client.infer(picture(3), sequence_id=8))
 
@@ -296,15 +331,12 @@ def test_requests_that_cannot_be(client: TritonClient) -> None:
         (400, "INVALID_ARGUMENT", "several kinds", lambda: client.infer([files, b"\xff\xd8\xff\xd9"])),
         (400, "INVALID_ARGUMENT", "no parameter 'sed'", lambda: client.infer(frame, parameters={"sed": 1})),
         (400, "INVALID_ARGUMENT", "'scale'", lambda: client.infer(frame, parameters={"scale": 5})),
-        (400, "INVALID_ARGUMENT", "no input 'other'", lambda: named(client, "other")),
-        (403, "PERMISSION_DENIED", "not fetched", lambda: named(client, "video_uri")),
+        (400, "INVALID_ARGUMENT", "no input 'other'", lambda: client.send(STAND_IN, [client.tensor(frame, "other")])),
+        (400, "INVALID_ARGUMENT", "2 inputs", lambda: client.send(STAND_IN, [client.tensor(frame)] * 2)),
+        (400, "INVALID_ARGUMENT", "no input", lambda: client.send(STAND_IN, [])),
     ):
         refused(client, by_http, by_grpc, words, call)
     assert (restored(client.infer(frame)) == enlarged(frame)).all()
-
-
-def named(client: TritonClient, name: str) -> None:
-    client.client.infer(STAND_IN, [client.tensor([b"https://media.example.org/film.mp4"], name)])
 
 
 def test_a_damaged_picture_costs_its_request_alone(client: TritonClient) -> None:
@@ -343,12 +375,81 @@ def test_time_that_is_up(client: TritonClient) -> None:
     assert client.infer(picture(1), timeout=60_000_000).as_numpy("index").tolist() == [0]
 
 
+def test_credentials(running: Predictor, client: TritonClient, keys: Keys) -> None:
+    frame = picture(1)
+    client.infer(frame, sequence_id=30, sequence_start=True)
+    for headers in (None, {"x-api-key": "upr_wrong"}, {"authorization": "Bearer nothing"}):
+        stranger = TritonClient(running, client.transport, headers)
+        refused(client, 401, "UNAUTHENTICATED", "not accepted", lambda s=stranger: s.infer(frame))
+        code = (400, "FAILED_PRECONDITION") if running.fronts else (401, "UNAUTHENTICATED")
+        refused(client, *code, "", lambda s=stranger: s.infer(frame, sequence_id=30))
+        stranger.close()
+    rival = TritonClient(running, client.transport, {"x-api-key": keys.other})
+    assert (restored(rival.infer(frame)) == enlarged(frame)).all()
+    refused(client, 400, "FAILED_PRECONDITION", "no open sequence", lambda: rival.infer(frame, sequence_id=30))
+    rival.close()
+    assert client.infer(frame, sequence_id=30, sequence_end=True).as_numpy("index").tolist() == [1]
+
+
+def test_a_video_by_its_address(client: TritonClient, films: WebServer) -> None:
+    def fetched(path: str, host: str = "127.0.0.1", **options: Any) -> Any:
+        tensor = client.tensor([films.url(path, host).encode()], "video_uri")
+        return client.send(STAND_IN, [tensor], **options)
+
+    refused(client, 413, "INVALID_ARGUMENT", "more than 16 frames", lambda: fetched("/walk.mp4"))
+    refused(client, 400, "INVALID_ARGUMENT", "404", lambda: fetched("/absent.mp4"))
+    refused(client, 400, "INVALID_ARGUMENT", "Send", lambda: fetched("/page.html"))
+    refused(client, 400, "INVALID_ARGUMENT", "not", lambda: fetched("/walk.mp4", "10.0.0.1"))
+    films.pages["/short.mp4"] = short_film()
+    answer = fetched("/short.mp4", parameters={"scale": 2})
+    assert restored(answer).shape == (5, 96, 128, 3) and answer.as_numpy("index").tolist() == [0, 1, 2, 3, 4]
+    files = restored(fetched("/short.mp4", parameters={"output_codec": "jpeg"}))
+    assert [opened(file).shape for file in files] == [(192, 256, 3)] * 5
+
+
+def short_film() -> bytes:
+    """Five pictures of 64x48."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as film:
+        stream = film.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(5):
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number, 48, 64), format="rgb24")))
+        film.mux(stream.encode())
+    return file.getvalue()
+
+
+def test_models_are_loaded_by_operators_alone(running: Predictor, client: TritonClient, keys: Keys) -> None:
+    operator = TritonClient(running, client.transport, {"x-api-key": keys.admin})
+    asked, mine = operator.client, {"headers": operator.headers}
+    if running.fronts:
+        refused(client, 403, "PERMISSION_DENIED", "no models of its own", lambda: asked.load_model("second", **mine))
+        return
+    refused(
+        client, 403, "PERMISSION_DENIED", "admin", lambda: client.client.load_model("second", headers=client.headers)
+    )
+    refused(client, 403, "PERMISSION_DENIED", "cannot be loaded", lambda: asked.load_model("tiny-2", **mine))
+    refused(client, 403, "PERMISSION_DENIED", "cannot be loaded", lambda: asked.unload_model("tiny", **mine))
+    refused(client, 404, "NOT_FOUND", "no model 'second'", lambda: client.infer(picture(1), "second"))
+    with pytest.raises(InferenceServerException) as caught:
+        asked.load_model("absent", **mine)
+    assert status(caught.value) in ("500", "INTERNAL")
+    asked.load_model("second", **mine)
+    assert asked.is_model_ready("second")
+    client.infer(picture(1), "second", sequence_id=31, sequence_start=True)
+    asked.unload_model("second", **mine)
+    refused(client, 404, "NOT_FOUND", "no model 'second'", lambda: client.infer(picture(1), "second"))
+    operator.close()
+
+
 def test_statistics(client: TritonClient) -> None:
     def told() -> dict[str, Any]:
         if client.transport == "http":
-            (found,) = client.client.get_inference_statistics(STAND_IN)["model_stats"]
+            (found,) = client.client.get_inference_statistics(STAND_IN, headers=client.headers)["model_stats"]
         else:
-            (found,) = client.client.get_inference_statistics(STAND_IN, as_json=True)["model_stats"]
+            (found,) = client.client.get_inference_statistics(STAND_IN, headers=client.headers, as_json=True)[
+                "model_stats"
+            ]
         return dict(found)
 
     def number(value: Any) -> int:
@@ -367,11 +468,11 @@ def test_statistics(client: TritonClient) -> None:
     assert number(after["last_inference"]) >= number(before["last_inference"])
 
 
-def test_requests_of_a_stream_are_answered_in_their_order(running: Predictor) -> None:
+def test_requests_of_a_stream_are_answered_in_their_order(running: Predictor, keys: Keys) -> None:
     """Triton's streaming call, which the `kserve` package does not have."""
-    client = TritonClient(running, "grpc")
+    client = TritonClient(running, "grpc", {"x-api-key": keys.live})
     found: Queue[Any] = Queue()
-    client.client.start_stream(lambda result, error: found.put((result, error)))
+    client.client.start_stream(lambda result, error: found.put((result, error)), headers=client.headers)
     frames = [picture(number) for number in range(5)]
     for number, frame in enumerate(frames):
         client.client.async_stream_infer(
@@ -392,21 +493,22 @@ def test_requests_of_a_stream_are_answered_in_their_order(running: Predictor) ->
     client.close()
 
 
-def test_json_and_encodings_over_rest(running: Predictor) -> None:
-    client = TritonClient(running, "http")
+def test_json_and_encodings_over_rest(running: Predictor, keys: Keys) -> None:
+    client = TritonClient(running, "http", {"x-api-key": keys.live})
     frame = picture(7)
     wanted = [client.library.InferRequestedOutput("frame", binary_data=False)]
-    answer = client.client.infer(STAND_IN, [client.tensor(frame, binary_data=False)], outputs=wanted)
+    answer = client.send(STAND_IN, [client.tensor(frame, binary_data=False)], outputs=wanted)
     assert (restored(answer) == enlarged(frame)).all() and "data" in answer.get_output("frame")
     for encoding in ("gzip", "deflate"):
         answer = client.infer(frame, request_compression_algorithm=encoding, response_compression_algorithm=encoding)
         assert (restored(answer) == enlarged(frame)).all()
     url = f"{running.http}/v2/models/{STAND_IN}/infer"
     body = {"inputs": [{"name": "frame", "datatype": "UINT8", "shape": [24, 32, 3], "data": frame.tolist()}]}
-    told = httpx.post(url, json=body).json()
+    mine = {"Authorization": f"Bearer {keys.live}"}
+    told = httpx.post(url, json=body, headers=mine).json()
     assert (np.array(told["outputs"][0]["data"], np.uint8).reshape(96, 128, 3) == enlarged(frame)).all()
     assert told["model_name"] == STAND_IN and told["model_version"] == "1" and told["parameters"]["model_sha256"]
-    assert httpx.post(url.replace("/infer", "/versions/1/infer"), json=body).status_code == 200
+    assert httpx.post(url.replace("/infer", "/versions/1/infer"), json=body, headers=mine).status_code == 200
     for content, headers, code in (
         (json.dumps(body).encode(), {"Content-Encoding": "br"}, 415),
         (b"{", {}, 400),
@@ -414,24 +516,26 @@ def test_json_and_encodings_over_rest(running: Predictor) -> None:
         (json.dumps(body).encode(), {"Inference-Header-Content-Length": "99999999"}, 400),
         (b"x" * 2_000_000, {}, 413),
     ):
-        told = httpx.post(url, content=content, headers=headers)
+        told = httpx.post(url, content=content, headers=mine | headers)
         assert told.status_code == code, told.text
         assert set(told.json()) == {"error"} and told.headers["upriver-code"]
-    files = httpx.post(url, json={"inputs": [{**body["inputs"][0]}], "parameters": {"output_codec": "png"}})
+    files = httpx.post(
+        url, json={"inputs": [{**body["inputs"][0]}], "parameters": {"output_codec": "png"}}, headers=mine
+    )
     assert files.status_code == 400 and "JSON cannot carry" in files.json()["error"]
-    chunked = httpx.post(url, content=iter([b"x" * 600_000, b"x" * 600_000]))
+    chunked = httpx.post(url, content=iter([b"x" * 600_000, b"x" * 600_000]), headers=mine)
     assert chunked.status_code == 413
     client.close()
 
 
 KSERVE = """
 import asyncio, sys
-sys.argv = sys.argv[:1] + sys.argv[1:]
 import numpy as np
 from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRequest
 from kserve.inference_client import RESTConfig
 
-http, grpc_port, model = sys.argv[1], sys.argv[2], sys.argv[3]
+http, grpc_port, model, key = sys.argv[1:5]
+mine = {"x-api-key": key}
 frame = np.arange(24 * 32 * 3, dtype=np.uint8).reshape(24, 32, 3)
 expected = frame.repeat(4, 0).repeat(4, 1)
 
@@ -453,17 +557,18 @@ async def main():
     grpc = InferenceGRPCClient(f"127.0.0.1:{grpc_port}", timeout=60)
     assert await rest.is_server_ready(http) and await rest.is_model_ready(http, model)
     assert await grpc.is_server_ready() and await grpc.is_model_ready(model)
-    check(await grpc.infer(request()), 0)
-    check(await rest.infer(http, request(binary_data_output=True), model_name=model), 0)
-    check(await rest.infer(http, request(), model_name=model), 0)
+    check(await grpc.infer(request(), headers=tuple(mine.items())), 0)
+    check(await rest.infer(http, request(binary_data_output=True), headers=mine, model_name=model), 0)
+    check(await rest.infer(http, request(), headers=mine, model_name=model), 0)
     for number in range(4):
         place = {"sequence_id": "kserve", "sequence_start": number == 0, "sequence_end": number == 3}
         if number % 2:
-            check(await grpc.infer(request(**place)), number)
+            check(await grpc.infer(request(**place), headers=tuple(mine.items())), number)
         else:
-            check(await rest.infer(http, request(binary_data_output=True, **place), model_name=model), number)
+            asked = request(binary_data_output=True, **place)
+            check(await rest.infer(http, asked, headers=mine, model_name=model), number)
     try:
-        await rest.infer(http, request(sequence_id="kserve"), model_name=model)
+        await rest.infer(http, request(sequence_id="kserve"), headers=mine, model_name=model)
     except Exception as error:
         assert "400" in str(error), error
     else:
@@ -477,9 +582,9 @@ print("fine")
 """
 
 
-def test_kserves_own_clients(running: Predictor) -> None:
+def test_kserves_own_clients(running: Predictor, keys: Keys) -> None:
     told = subprocess.run(
-        [sys.executable, "-c", KSERVE, running.http, str(running.grpc_port), STAND_IN],
+        [sys.executable, "-c", KSERVE, running.http, str(running.grpc_port), STAND_IN, keys.live],
         capture_output=True,
         text=True,
         timeout=120,
