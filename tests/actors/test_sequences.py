@@ -65,7 +65,9 @@ def run(
             await sequences.stop()
             while server.connections:  # the last of them say goodbye
                 await asyncio.sleep(0.01)
+            kept = await server._states.figures()
             await server.stop()
+        assert kept["streams"] == 0  # all were closed, none was left to expire
         assert len(sequences) == 0
 
     asyncio.run(asyncio.wait_for(whole(), 60))
