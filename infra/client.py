@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 2.0
 _OPEN_TIMEOUT_S: Final = 10.0
+_LEAST_OPEN_S: Final = 1.0  # of an attempt, however little time is left
 _MOST_FRUITLESS: Final = 3
 _TELL_S: Final = 0.5  # an answer is acknowledged after so long if no frame carries it
 
@@ -197,7 +198,7 @@ class LiveStream:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                await self._greet(resume)
+                await self._greet(resume, min(_OPEN_TIMEOUT_S, max(_LEAST_OPEN_S, deadline - time.monotonic())))
                 return
             except StateLost as refusal:
                 if not resume:
@@ -224,8 +225,8 @@ class LiveStream:
                 raise last
             await asyncio.sleep(wait_s)
 
-    async def _greet(self, resume: bool) -> None:
-        wire: Wire = await asyncio.wait_for(self._connect(self._url), _OPEN_TIMEOUT_S)
+    async def _greet(self, resume: bool, patience_s: float) -> None:
+        wire: Wire = await asyncio.wait_for(self._connect(self._url), patience_s)
         try:
             hello = self._hello
             if resume:
@@ -233,7 +234,7 @@ class LiveStream:
                 what = Resume(session=self.welcome.session, token=token, received=self._received)
                 hello = hello.model_copy(update={"resume": what})
             await wire.send(protocol.dump(hello))
-            message = await asyncio.wait_for(wire.receive(), _OPEN_TIMEOUT_S)
+            message = await asyncio.wait_for(wire.receive(), patience_s)
             if not isinstance(message, str):
                 raise ConnectionLost("closed before the welcome")
             answer = protocol.parse_answer(message)
