@@ -65,7 +65,7 @@ def films() -> Iterator[WebServer]:
         yield server
 
 
-@pytest.fixture(scope="module", params=["engine", "service"])
+@pytest.fixture(scope="module", params=["engine", pytest.param("service", marks=pytest.mark.slow)])
 def running(request: pytest.FixtureRequest, keys: Keys, films: WebServer) -> Iterator[Predictor]:
     """A predictor with an engine of its own, and one in front of a service."""
     reach = {"schemes": ["http"], "networks": ["127.0.0.0/8"], "ports": [films.port]}

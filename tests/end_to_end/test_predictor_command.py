@@ -36,6 +36,13 @@ def test_beyond_this_machine_it_wants_keys() -> None:
     assert "Traceback" not in told.stderr
 
 
+def test_without_the_extra_it_says_how_to_get_it() -> None:
+    program = "import sys; sys.modules['kserve'] = None; from jobs.cli import main; sys.exit(main(['predictor']))"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert told.returncode and "Traceback" not in told.stderr
+    assert "pip install 'upriver[kserve]'" in told.stderr
+
+
 def ready(running: Predictor) -> int:
     return httpx.get(f"{running.http}/v2/health/ready").status_code
 
