@@ -16,12 +16,17 @@ from actors.oip import INPUTS, OUTPUTS, VERSION, Tensor, bad
 from actors.oip_rest import elements_of, packed_elements
 from actors.predictor_backend import Caller
 
-# At import, `kserve.model_server` parses the command line of the process it is in, and takes or refuses our options.
+# At import, the package parses the command line of the process it is in, and takes or refuses our options. So it is
+# imported here alone, and other modules take from here what they need of it.
 _arguments, sys.argv = sys.argv, sys.argv[:1]
 try:
     import kserve
     from kserve import InferOutput, InferRequest, InferResponse
     from kserve.model_repository import ModelRepository
+    from kserve.protocol.grpc import grpc_predict_v2_pb2 as messages
+    from kserve.protocol.grpc.servicer import InferenceServicer
+    from kserve.protocol.infer_type import to_http_parameters
+    from kserve.protocol.rest.server import RESTServer
 except ImportError as error:
     raise ActorsError(
         "The predictor needs the package kserve, which is not installed.",
@@ -33,6 +38,10 @@ finally:
 
 if TYPE_CHECKING:
     from actors.predictor_backend import Backend
+
+__all__ = [
+    "CallerHeaders", "InferenceServicer", "RESTServer", "UpriverModel", "UpriverRepository", "kserve", "messages",
+]  # fmt: skip
 
 
 class CallerHeaders(dict[str, str]):
@@ -127,8 +136,6 @@ class UpriverRepository(ModelRepository):
 
 
 def _call(model: str, request: InferRequest) -> Call:
-    from kserve.protocol.infer_type import to_http_parameters
-
     inputs = []
     for each in request.inputs:
         data = each._raw_data

@@ -14,8 +14,6 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc  # type: ignore[import-untyped]
-from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
-from kserve.protocol.grpc.servicer import InferenceServicer
 
 from actors.grpc_channel import peer_address
 from actors.inference import Call, Inference, Result
@@ -24,7 +22,8 @@ from actors.model_card import model_config, model_index, model_metadata, server_
 from actors.oip import VERSION, Tensor, bad
 from actors.oip_errors import grpc_code, trailing_metadata
 from actors.oip_rest import elements_of, packed_elements
-from actors.predictor import CallerHeaders, UpriverRepository
+from actors.predictor import CallerHeaders, InferenceServicer, UpriverRepository
+from actors.predictor import messages as pb
 from actors.predictor_backend import Caller, require_model
 from infra.errors import SettingsError
 from infra.oip_messages import DATA_TYPES, SERVICE, message_class

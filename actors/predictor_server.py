@@ -15,10 +15,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from kserve.protocol.rest.server import RESTServer
-
 from actors.inference import Inference
-from actors.predictor import UpriverRepository, kserve
+from actors.predictor import RESTServer, UpriverRepository, kserve
 from actors.predictor_backend import GatewayUnsafe, LiveService, backend_for
 from actors.predictor_grpc import OipServicer, port_taken, start_grpc, stop_grpc
 from actors.predictor_rest import make_predictor_app

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
@@ -47,9 +48,10 @@ def ready(running: Predictor) -> int:
     return httpx.get(f"{running.http}/v2/health/ready").status_code
 
 
-def test_idle_sequences_expire_and_sigterm_lets_open_ones_end() -> None:
-    settings = {"UPRIVER_PREDICTOR_SEQUENCE_IDLE_S": "0.5", "UPRIVER_PREDICTOR_DRAIN_S": "60"}
-    with predictor("--model", f"film={STAND_IN}", settings=settings) as running:
+def test_idle_sequences_expire_and_sigterm_lets_open_ones_end(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("[predictor]\nsequence_idle_s = 0.5\ndrain_s = 60\n")  # kserve must not take --config for its own
+    with predictor("--model", f"film={STAND_IN}", "--config", config) as running:
         client = TritonClient(running, "grpc")
         assert ready(running) == 200 and httpx.get(f"{running.http}/healthz").status_code == 200
 
