@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +20,7 @@ from ray import serve
 from actors.autoscaling import AutoscalingArguments, SessionLoadPolicy, measured_load
 from actors.gate import SettingsGate
 from actors.live_server import LiveConfig, LiveServer
+from actors.model_loading import EngineConfig, load_engine
 from actors.state_holder import HeldStates, holder
 from infra.listening import origin_policy_for
 from infra.live_settings import LiveSettings, load_live_settings
@@ -38,19 +40,6 @@ APPLICATION: Final = "upriver"
 DEPLOYMENT: Final = "live"
 _ASK_S: Final = 20.0
 _TELL_S: Final = 2.0  # between two figures of a replica's load
-
-
-class EngineConfig(BaseModel):
-    """How models are loaded, as the settings of the same names say."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    device: str = "auto"
-    dtype: str = "auto"
-    flow: str = "auto"
-    threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a step; 0: all cores")
-    largest_batch: int = Field(
-        default=0, ge=0, le=64, description="streams stepped together at most; 0: 8 on a GPU, 1 on a CPU, as measured"
-    )
 
 
 class ModelList(BaseModel):
@@ -130,33 +119,13 @@ class Endpoint:
         for name in wanted:
             engine = self.server.engines.get(name)
             if engine is None:
-                engine = await loop.run_in_executor(None, self._load, name)
+                engine = await loop.run_in_executor(
+                    None, partial(load_engine, name, self._engine_config, max_pixels=self._config.max_pixels)
+                )
                 await self.server.stepper.in_thread(engine.warm)
             engines[name] = engine
         self.server.engines.clear()
         self.server.engines.update(engines)
-
-    def _load(self, name: str) -> LiveEngine:
-        import torch
-
-        from actors.hardware import choose_device, choose_dtype, usable_cores
-        from actors.live_engine import LiveEngine
-        from infra.model_cache import local_model
-        from pipeline.engine import open_engine
-
-        options, device = self._engine_config, choose_device(self._engine_config.device)
-        threads = options.threads or usable_cores()
-        torch.set_num_threads(threads)
-        pipe = open_engine(
-            local_model(name),
-            torch_dtype=choose_dtype(options.dtype, device),
-            device=device,
-            flow=None if options.flow == "auto" else options.flow,  # type: ignore[arg-type]  # checked when loaded
-            max_pixels=self._config.max_pixels,
-        )
-        return LiveEngine(
-            pipe, name, largest_batch=options.largest_batch or (1 if device == "cpu" else 8), threads=threads
-        )
 
     async def _watch_for_drain(self) -> None:
         while True:
@@ -171,10 +140,10 @@ class Endpoint:
 
     async def Stream(self, request_stream: Any, grpc_context: Any) -> AsyncIterator[Any]:
         """One stream over gRPC: see `infra.live_grpc`."""
-        from actors.grpc_channel import GrpcChannel, serve_call
+        from actors.grpc_channel import GrpcChannel, peer_address, serve_call
 
         metadata = {str(name).lower(): str(value) for name, value in grpc_context.invocation_metadata()}
-        channel = GrpcChannel(request_stream, metadata, _address(grpc_context.peer()))
+        channel = GrpcChannel(request_stream, metadata, peer_address(grpc_context.peer()))
         async with aclosing(serve_call(self.server.serve, channel)) as packets:
             async for packet in packets:
                 yield packet
@@ -187,12 +156,6 @@ class Endpoint:
         for task in self._tasks:
             task.cancel()
         await self.server.stop()
-
-
-def _address(peer: str | None) -> str | None:
-    """Return the address in gRPC's name for the other end, ``ipv4:10.0.0.1:5000`` or ``ipv6:[::1]:5000``."""
-    kind, _, rest = (peer or "").partition(":")
-    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else None
 
 
 class ApplicationArguments(BaseModel):

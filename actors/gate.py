@@ -59,17 +59,21 @@ class SettingsGate:
             may_stay=lambda: self.authenticator.still_admits(tenant),
         )
 
-    async def tenant_of(self, headers: Mapping[str, str], peer: str | None, scope: Scope | None) -> Tenant:
+    async def tenant_of(
+        self, headers: Mapping[str, str], peer: str | None, scope: Scope | None, *, is_web: bool = True
+    ) -> Tenant:
         """Return whose request this is.
 
         Args:
             headers: of the request, names in lower case. peer: address of the connection.
             scope: what it needs; None: any credentials will do.
+            is_web: browsers can send it, from any page.
 
         Raises:
             Unauthorized, Forbidden, RateExceeded: not this one, or not now.
         """
-        self.origins.check(origin=headers.get("origin"), host=headers.get("host"))
+        if is_web:
+            self.origins.check(origin=headers.get("origin"), host=headers.get("host"))
         tenant = await self._tenant(headers, headers, peer)
         if scope is not None:
             require(tenant, scope)

@@ -91,6 +91,12 @@ class GrpcChannel:
             yield pack(message)
 
 
+def peer_address(peer: str | None) -> str | None:
+    """Return the address in gRPC's name for the other end, ``ipv4:10.0.0.1:5000`` or ``ipv6:[::1]:5000``."""
+    kind, _, rest = (peer or "").partition(":")
+    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else None
+
+
 async def serve_call(
     serve: Callable[[GrpcChannel], Coroutine[Any, Any, None]], channel: GrpcChannel
 ) -> AsyncGenerator[Any, None]:

@@ -219,6 +219,13 @@ def make_app(
             headers["Content-Encoding"] = page.encoding
         return Response(page.body, headers=headers)
 
+    add_streams(app, get_server)
+    return app
+
+
+def add_streams(app: FastAPI, get_server: Callable[[], LiveServer]) -> None:
+    """Add `/v1/streams`, the WebSocket of live streams."""
+
     @app.websocket("/v1/streams")
     async def streams(socket: WebSocket) -> None:
         offered = socket.scope.get("subprotocols") or []
@@ -232,8 +239,6 @@ def make_app(
         except asyncio.CancelledError:
             channel.leave()
             raise
-
-    return app
 
 
 def problem(refusal: Refusal) -> Response:

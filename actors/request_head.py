@@ -6,6 +6,7 @@ Servers bound this in different ways or not at all; here it is the same whatever
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -26,10 +27,14 @@ class HeadTooLarge(Refusal):
 
 
 class RequestHeadLimits:
-    """Refuses a request or a WebSocket whose head is too large, before any route sees it."""
+    """Refuses a request or a WebSocket whose head is too large, before any route sees it.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Args:
+        tell: makes the JSON of the refusal.
+    """
+
+    def __init__(self, app: ASGIApp, tell: Callable[[Refusal], object] = Refusal.to_message) -> None:
+        self._app, self._tell = app, tell
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or _is_small(scope):
@@ -40,7 +45,7 @@ class RequestHeadLimits:
             limit=f"{MOST_FIELDS} header fields, {LARGEST_HEAD} bytes with the address",
             remedy="Send fewer and shorter header fields.",
         )
-        content = json.dumps(refusal.to_message())
+        content = json.dumps(self._tell(refusal))
         if scope["type"] == "websocket":
             await receive()  # websocket.connect; accepted first, because what is not reaches clients as HTTP 500
             await send({"type": "websocket.accept"})

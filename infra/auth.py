@@ -14,6 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NoReturn, TypeAlias
 
+from pydantic import SecretStr
+
 from infra.api_keys import ApiKeys, looks_like_a_key
 from infra.protocol import Credentials
 from infra.refusals import RateExceeded, Unauthorized
@@ -124,6 +126,20 @@ class Authenticator:
             "The credentials are missing or not accepted.",
             remedy="Give a valid API key, or a valid token, of this service.",
         )
+
+
+def credentials_in(headers: Headers) -> Credentials:
+    """Return what the headers of a request, or the metadata of a gRPC call, present; for those that hand them on.
+
+    Raises:
+        Unauthorized: it is not clear which of several is meant.
+    """
+    key, token = _from_headers(headers)
+    if key is not None and token is not None:
+        raise Unauthorized("Several credentials came with one request.", remedy="Send one of them.")
+    return Credentials(
+        api_key=None if key is None else SecretStr(key), token=None if token is None else SecretStr(token)
+    )
 
 
 class FailureLimit:

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 2.0
 _OPEN_TIMEOUT_S: Final = 10.0
+_LEAST_OPEN_S: Final = 1.0  # of an attempt, however little time is left
 _MOST_FRUITLESS: Final = 3
 _TELL_S: Final = 0.5  # an answer is acknowledged after so long if no frame carries it
 
@@ -51,6 +52,7 @@ class LiveStream:
         url: ``ws://`` or ``wss://`` of the service, with or without ``/v1/streams``; or ``grpc://`` or ``grpcs://``.
         hello: what the stream is; credentials are added from `api_key` or `token`.
         give_up_s: how long the service may be unreachable before the stream fails.
+        open_s: the same before the stream is open, which is also how long it waits for room; None: `give_up_s`.
         connect: another transport: takes the address, returns a `Wire`.
 
     Attributes:
@@ -71,6 +73,7 @@ class LiveStream:
         api_key: str | None = None,
         token: str | None = None,
         give_up_s: float = 30.0,
+        open_s: float | None = None,
         connect: Connect | None = None,
     ) -> None:
         credentials = protocol.Credentials(
@@ -80,6 +83,7 @@ class LiveStream:
         self._url = url
         self._hello = hello.model_copy(update={"credentials": given})
         self._give_up_s, self._connect = give_up_s, connect or transport_for(url)
+        self._open_s = give_up_s if open_s is None else open_s
         self.hand_overs = self.restarts = 0
         self.stats: protocol.Stats | None = None
         self._kept = KeptFrames(in_groups=hello.codec_in == "h264")
@@ -100,7 +104,7 @@ class LiveStream:
         self._closing = self._closed = False
 
     async def __aenter__(self) -> Self:
-        await self._open(time.monotonic() + self._give_up_s, resume=False)
+        await self._open(time.monotonic() + self._open_s, resume=False)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._pump())]
         return self
 
@@ -194,7 +198,7 @@ class LiveStream:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                await self._greet(resume)
+                await self._greet(resume, min(_OPEN_TIMEOUT_S, max(_LEAST_OPEN_S, deadline - time.monotonic())))
                 return
             except StateLost as refusal:
                 if not resume:
@@ -221,8 +225,8 @@ class LiveStream:
                 raise last
             await asyncio.sleep(wait_s)
 
-    async def _greet(self, resume: bool) -> None:
-        wire: Wire = await asyncio.wait_for(self._connect(self._url), _OPEN_TIMEOUT_S)
+    async def _greet(self, resume: bool, patience_s: float) -> None:
+        wire: Wire = await asyncio.wait_for(self._connect(self._url), patience_s)
         try:
             hello = self._hello
             if resume:
@@ -230,7 +234,7 @@ class LiveStream:
                 what = Resume(session=self.welcome.session, token=token, received=self._received)
                 hello = hello.model_copy(update={"resume": what})
             await wire.send(protocol.dump(hello))
-            message = await asyncio.wait_for(wire.receive(), _OPEN_TIMEOUT_S)
+            message = await asyncio.wait_for(wire.receive(), patience_s)
             if not isinstance(message, str):
                 raise ConnectionLost("closed before the welcome")
             answer = protocol.parse_answer(message)

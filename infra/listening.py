@@ -61,6 +61,22 @@ def require_safe_listening(settings: LiveSettings, environment: Mapping[str, str
         )
 
 
+def require_asking(settings: LiveSettings, host: str, *, insecure: bool) -> None:
+    """Do nothing where a server that lets callers in by these settings may listen on `host`; it needs no Ray.
+
+    Raises:
+        SettingsError: others could reach it, and it asks nobody for credentials; `insecure` says that it may.
+    """
+    if not (insecure or settings.asks_for_credentials or is_loopback(host)):
+        raise SettingsError(
+            f"The predictor would listen on {host or 'all interfaces'}, where others reach it, and ask nobody for "
+            "credentials.",
+            code="listening-unsafe",
+            remedy=f"{_ASK.capitalize()}; or listen on 127.0.0.1; or, in a network where everybody may do everything, "
+            "set insecure.",
+        )
+
+
 _ASK: Final = "make keys with `upriver keys create` and name their file in keys_file, or set jwt_jwks_url"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import Any, Final
 
 import grpc  # type: ignore[import-untyped]
@@ -102,11 +103,12 @@ def _is_wanted() -> bool:
     return task is not None and not task.cancelling()
 
 
-async def connect_grpc(url: str, application: str | None = None) -> _GrpcWire:
+async def connect_grpc(url: str, application: str | None = None, headers: Mapping[str, str] | None = None) -> _GrpcWire:
     """Connect to ``grpc://host:port``, or ``grpcs://`` with TLS.
 
     Args:
         application: name of the Serve application, where the port serves several.
+        headers: sent as metadata with the call, names in lower case.
 
     Raises:
         OSError: nobody is there.
@@ -120,7 +122,7 @@ async def connect_grpc(url: str, application: str | None = None) -> _GrpcWire:
     stream = channel.stream_stream(
         f"/{SERVICE}/{METHOD}", request_serializer=Packet.SerializeToString, response_deserializer=Packet.FromString
     )
-    metadata = (("application", application),) if application else ()
+    metadata = tuple((headers or {}).items()) + ((("application", application),) if application else ())
     try:
         await channel.channel_ready()
         return _GrpcWire(channel, stream(metadata=metadata))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from infra import protocol
@@ -51,8 +52,11 @@ class _WebSocketWire:
         await self._socket.close()
 
 
-async def connect_websocket(url: str) -> Wire:
+async def connect_websocket(url: str, headers: Mapping[str, str] | None = None) -> Wire:
     """Connect to ``ws://`` or ``wss://``; the path is the service's unless there is one.
+
+    Args:
+        headers: sent with the request, such as whom a gateway speaks for.
 
     Raises:
         OSError: nobody is there, or somebody else.
@@ -64,6 +68,7 @@ async def connect_websocket(url: str) -> Wire:
     try:
         socket = await connect(
             address,
+            additional_headers=headers,
             subprotocols=[protocol.SUBPROTOCOL],  # type: ignore[list-item]  # a plain string, to the library a type
             max_size=None,
             compression=None,  # pictures are compressed already
@@ -74,10 +79,10 @@ async def connect_websocket(url: str) -> Wire:
     return _WebSocketWire(socket)
 
 
-def transport_for(url: str) -> Connect:
-    """Return what connects to an address of this scheme."""
+def transport_for(url: str, headers: Mapping[str, str] | None = None) -> Connect:
+    """Return what connects to an address of this scheme, with these headers (gRPC: metadata)."""
     if url.startswith(("grpc://", "grpcs://")):
         from infra.live_grpc import connect_grpc
 
-        return connect_grpc
-    return connect_websocket
+        return partial(connect_grpc, headers=headers)
+    return partial(connect_websocket, headers=headers)

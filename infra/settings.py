@@ -2,8 +2,8 @@
 
 Order of precedence: flags, then `UPRIVER_*` in the environment, then the configuration file, then defaults. The file
 is TOML with the same names as below: the one named by `--config` or `UPRIVER_CONFIG`, otherwise `upriver/config.toml`
-in the user's configuration folder; its table `[live]` belongs to `infra.live_settings`. Knows nothing of models or
-videos: only type and range of values are checked.
+in the user's configuration folder; its tables `[live]` and `[predictor]` belong to `infra.live_settings` and
+`infra.predictor_settings`. Knows nothing of models or videos: only type and range of values are checked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from infra.errors import SettingsError
 
 ENV_PREFIX = "UPRIVER_"
 LIVE_TABLE = "live"  # of the configuration file; `infra.live_settings` reads it
+PREDICTOR_TABLE = "predictor"  # `infra.predictor_settings` reads it
+_TABLES = (LIVE_TABLE, PREDICTOR_TABLE)
 _LOWEST_RUNG, _HIGHEST_RUNG = 16, 8640  # of an HLS ladder
 
 # The encoder's choices, as `pipeline.encoder_options` has them; a test holds the two together.
@@ -195,7 +197,7 @@ def load_layers(
     path = config_file or _default_config_file()
     content = _read_config(path) if path else {}
     if table is None:
-        content = {name: value for name, value in content.items() if name != LIVE_TABLE or not isinstance(value, dict)}
+        content = {name: value for name, value in content.items() if name not in _TABLES or not isinstance(value, dict)}
     else:
         content = content.get(table, {})
         if not isinstance(content, dict):

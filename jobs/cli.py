@@ -412,6 +412,7 @@ def bench(
 # Commands with parsers of their own: what follows their name is handed on unread, so that they load when they are used.
 _PASSED_ON = {
     "serve": "Restore live streams: WebSocket, gRPC and a web page, until it is interrupted.",
+    "predictor": "Serve models by the Open Inference Protocol, for KServe and Triton clients.",
     "keys": "Make, list and revoke the API keys of the live service.",
     "submit": "Run `upriver restore` on a Ray cluster as a job that outlives this terminal.",
     "archive-plan": "Predict how long an archive takes on many GPUs, and what failures cost.",

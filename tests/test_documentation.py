@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -105,7 +107,23 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+PREDICTOR = ROOT / "docs/predictor.md"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(blocks(PREDICTOR, "python"))))
+def test_snippets_for_the_predictor_run(number: int) -> None:
+    """Each in a process of its own: Triton's and KServe's clients cannot share one."""
+    from tests.predictor_process import predictor
+
+    with predictor("--model", "tiny") as running:
+        body = blocks(PREDICTOR, "python")[number].replace("127.0.0.1:8081", f"127.0.0.1:{running.grpc_port}")
+        told = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != PREDICTOR], ids=name_of)
 def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The snippets of a page run one after the other, as a reader would type them, beside a small video `clip.mp4`."""
     monkeypatch.chdir(tmp_path)

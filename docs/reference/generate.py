@@ -1,4 +1,4 @@
-"""Writes `cli.md` and `live_settings.md` beside this file from the code itself: `make docs`. Tests keep them current.
+"""Writes `cli.md` and the `*_settings.md` beside this file from the code itself: `make docs`. Tests keep them current.
 
 The text of each command is what `upriver COMMAND --help` prints, at a fixed width.
 """
@@ -16,6 +16,7 @@ from typer.main import get_command
 
 REFERENCE = Path(__file__).with_name("cli.md")
 LIVE_SETTINGS = Path(__file__).with_name("live_settings.md")
+PREDICTOR_SETTINGS = Path(__file__).with_name("predictor_settings.md")
 WIDTH = 110
 
 HEADER = """\
@@ -93,6 +94,26 @@ def settings_reference() -> str:
     )
 
 
+PREDICTOR_HEADER = """\
+# Settings of the predictor
+
+Made by `make docs` from `infra/predictor_settings.py`; do not edit. A setting stands in the table `[predictor]` of the
+configuration file under the name below, or in the environment as `UPRIVER_PREDICTOR_` and the name in capitals, which
+wins. In the environment, lists have commas, and tables are JSON. With an engine of its own, credentials, the limits of
+tenants and the sizes of frames are [settings of the live service](live_settings.md).
+
+| name | default | what it is |
+|---|---|---|
+"""
+
+
+def predictor_settings_reference() -> str:
+    """Return the whole of `predictor_settings.md`."""
+    from infra.predictor_settings import describe
+
+    return PREDICTOR_HEADER + "".join(f"| `{name}` | {_shown(value)} | {what} |\n" for name, value, what in describe())
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
@@ -105,5 +126,6 @@ def _shown(value: Any) -> str:
 
 if __name__ == "__main__":
     LIVE_SETTINGS.write_text(settings_reference(), encoding="utf-8")
+    PREDICTOR_SETTINGS.write_text(predictor_settings_reference(), encoding="utf-8")
     REFERENCE.write_text(reference(), encoding="utf-8")
     sys.stdout.write(f"{REFERENCE}: {len(list(commands()))} commands\n")

@@ -38,6 +38,7 @@ SURFACE = {
         "--debug",
     ],
     "upriver serve": [],
+    "upriver predictor": [],
     "upriver keys": [],
     "upriver submit": [],
     "upriver archive-plan": [],
