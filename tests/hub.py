@@ -32,9 +32,16 @@ def hub(models: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
                 return self._answer(401, b"", {})
             path = self.path.partition("?")[0]
             for name, folder in models.items():
+                if path.startswith(f"/api/models/{name}/tree/"):
+                    files = sorted(file for file in folder.rglob("*") if file.is_file())
+                    told: object = [
+                        {"type": "file", "path": file.relative_to(folder).as_posix(), "size": file.stat().st_size,
+                         "oid": hashlib.sha1(file.read_bytes()).hexdigest()}
+                        for file in files
+                    ]  # fmt: skip
+                    return self._answer(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
                 if path.startswith(f"/api/models/{name}"):
-                    files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-                    told = {"id": name, "modelId": name, "sha": _COMMIT, "siblings": [{"rfilename": f} for f in files]}
+                    told = {"id": name, "modelId": name, "sha": _COMMIT, "siblings": []}
                     return self._answer(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
                 file = folder / path.removeprefix(f"/{name}/resolve/{_COMMIT}/")
                 if path.startswith(f"/{name}/resolve/{_COMMIT}/") and file.is_file():

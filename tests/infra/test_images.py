@@ -300,7 +300,7 @@ def test_the_image_is_what_was_installed(image: Built) -> None:
 def test_a_baked_model_needs_no_network(image: Built) -> None:
     told = run_image(image, ["doctor", "--model", "night/film", "--json"], environment={"HF_HUB_OFFLINE": "1"})
     assert told.returncode == 0, told.stdout + told.stderr
-    assert json.loads(told.stdout)["model"]["folder"].startswith("/models/hub/")
+    assert json.loads(told.stdout)["model"]["folder"].startswith("/models/huggingface/hub/")
     other = run_image(image, ["doctor", "--model", "night/other"], environment={"HF_HUB_OFFLINE": "1"})
     assert other.returncode == 7
 
