@@ -28,6 +28,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -148,8 +149,9 @@ def check_serve() -> str:
     (port,) = _free_ports(1)
     # Half a minute of it is meant for load balancers, which are not here.
     quick = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}
-    with _running("serve", "--model", "tiny", "--port", str(port), environment=quick) as process:
-        _wait_until_ready(f"http://127.0.0.1:{port}/readyz", process)
+    with _running("serve", "--model", "tiny", "--port", str(port), environment=quick) as service:
+        _wait_until_ready(f"http://127.0.0.1:{port}/readyz", service)
+        service.wait_until_said("Serving at")  # what is stopped while it is still being deployed takes long to stop
         levels = asyncio.run(_one_stream(f"ws://127.0.0.1:{port}"))
     return f"{len(levels)} frames, with {', '.join(map(str, sorted(set(levels))))} steps"
 
@@ -180,8 +182,8 @@ def check_predictor() -> str:
         raise SmokeError("this version has no command `upriver predictor`")
     port, grpc_port = _free_ports(2)
     ports = {"UPRIVER_PREDICTOR_HTTP_PORT": str(port), "UPRIVER_PREDICTOR_GRPC_PORT": str(grpc_port)}
-    with _running("predictor", "--model", "tiny", environment=ports) as process:
-        _wait_until_ready(f"http://127.0.0.1:{port}/v2/health/ready", process)
+    with _running("predictor", "--model", "tiny", environment=ports) as service:
+        _wait_until_ready(f"http://127.0.0.1:{port}/v2/health/ready", service)
     return f"ready on ports {port} and {grpc_port}"
 
 
@@ -225,36 +227,57 @@ def _upriver(*arguments: str) -> str:
     return told.stdout
 
 
+@dataclass(frozen=True, slots=True)
+class _Service:
+    """A command that runs meanwhile, and the file that it writes to."""
+
+    process: subprocess.Popen[bytes]
+    said: Path
+
+    def output(self) -> str:
+        return self.said.read_text(encoding="utf-8", errors="replace")
+
+    def must_run(self) -> None:
+        if self.process.poll() is not None:
+            raise SmokeError(f"it ended with {self.process.returncode} before it was ready")
+
+    def wait_until_said(self, text: str) -> None:
+        limit = time.monotonic() + _START_S
+        while text not in self.output():
+            self.must_run()
+            if time.monotonic() > limit:
+                raise SmokeError(f"it did not say {text!r} within {_START_S:.0f} s")
+            time.sleep(_POLL_S)
+
+
 @contextmanager
-def _running(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def _running(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[_Service]:
     """Run a service meanwhile. It must end by itself, with status 0, when it gets SIGTERM, as Kubernetes sends it."""
-    with tempfile.TemporaryFile() as said:
+    with tempfile.NamedTemporaryFile() as said:
         process = subprocess.Popen(
             ["upriver", *arguments], stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
         )
+        service = _Service(process, Path(said.name))
         try:
-            yield process
+            yield service
             process.send_signal(signal.SIGTERM)
             if process.wait(_STOP_S) != 0:
                 raise SmokeError(f"`upriver {arguments[0]}` ended with {process.returncode} after SIGTERM")
         except subprocess.TimeoutExpired:
             raise SmokeError(f"`upriver {arguments[0]}` goes on {_STOP_S:.0f} s after SIGTERM") from None
         except SmokeError as error:
-            said.seek(0)
-            last = _last_line(said.read().decode(errors="replace"))
-            raise SmokeError(f"{error} (it said: {last})") from None
+            raise SmokeError(f"{error} (it said: {_last_line(service.output())})") from None
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_ready(url: str, service: _Service) -> None:
     limit = time.monotonic() + _START_S
     answer = "nobody answers"
     while time.monotonic() < limit:
-        if process.poll() is not None:
-            raise SmokeError(f"it ended with {process.returncode} before it was ready")
+        service.must_run()
         try:
             with urllib.request.urlopen(url, timeout=5) as told:
                 if told.status == 200:

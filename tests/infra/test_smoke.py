@@ -65,6 +65,6 @@ def test_a_container_that_is_not_hardened_is_refused(monkeypatch: pytest.MonkeyP
 def test_a_service_that_ends_early_or_badly_is_noticed() -> None:
     with (
         pytest.raises(smoke.SmokeError, match=r"ended with 2 before it was ready \(it said: .*no-such-option"),
-        smoke._running("serve", "--no-such-option") as process,
+        smoke._running("serve", "--no-such-option") as service,
     ):
-        smoke._wait_until_ready("http://127.0.0.1:9/", process)
+        smoke._wait_until_ready("http://127.0.0.1:9/", service)
