@@ -1,6 +1,6 @@
 """Builds an image's root file system from a Dockerfile without a container engine, and runs commands in it.
 
-Each stage is one overlay above the root file system of this machine (or of `UPRIVER_TEST_BASE_ROOT`, a folder with a
+Each stage is one overlay above the root file system of this machine (or of `IMAGE_BASE_ROOT`, a folder with a
 Debian that has Python 3.11 with venv), which stands for the base image; steps run in it as they are written, as root,
 with its /tmp empty. What is built runs as a cluster would run it: read-only, as the image's user, without capabilities,
 with a /tmp of its own, without a network but loopback. Needs root and the right to mount: see `can_build`.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tests.dockerfile import Recipe, Stage, Step, context_files, expand
 
+BASE_ROOT = "IMAGE_BASE_ROOT"  # tests run without variables that begin with UPRIVER_
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # How this machine reaches package indexes: an engine gets the like from its daemon's settings.
 _NETWORK = ("PIP_", "SSL_CERT_", "REQUESTS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -76,7 +77,7 @@ class Builder:
     ) -> None:
         self._recipe, self._work, self._arguments = recipe, work, {**recipe.arguments, **(arguments or {})}
         self._secrets = secrets or {}
-        self._base = Path(os.environ.get("UPRIVER_TEST_BASE_ROOT", "/"))
+        self._base = Path(os.environ.get(BASE_ROOT, "/"))
         self._built: dict[str, Built] = {}
         self._context = work / "context"
         for name in context_files(context, ignore):

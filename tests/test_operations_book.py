@@ -149,10 +149,8 @@ def upriver_commands(page: Path) -> list[list[str]]:
     lines = [line for body in bodies(page, "bash") for line in body.replace("\\\n", " ").splitlines()]
     lines += [one.command for one in typed(page)]
     plain = [re.sub(r"\$\([^)]*\)", "VALUE", line) for line in lines]
-    typed_words = re.compile(r"(?:^|[;&|(]\s*|(?:[A-Z_]+=\S+ )+)upriver ([^;&|#>)]*)")
-    return [
-        shlex.split(re.sub(r"\s\d$", "", match[1].rstrip())) for line in plain for match in typed_words.finditer(line)
-    ]
+    typed_words = re.compile(r"(?:^|[;&|(]\s*|(?:[A-Z_]+=\S+ )+)upriver ((?:(?!\s\d?>)[^;&|#)])*)")
+    return [shlex.split(match[1]) for line in plain for match in typed_words.finditer(line)]
 
 
 def parse(words: list[str]) -> str | None:
