@@ -94,8 +94,6 @@ def _serve(live: LiveSettings, common: Any, *, replicas: int, gpus: float | None
         if live.grpc_port is not None:
             grpc_options = {"port": live.grpc_port, "grpc_servicer_functions": [SERVICER_FUNCTION]}
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress is told here
-        ray_serve.start(http_options={"host": live.host, "port": live.port}, grpc_options=grpc_options)
-        print(f"Loading {', '.join(live.models)} ...", flush=True)
         arguments = ApplicationArguments(
             live=live.model_dump(exclude_defaults=True),
             engine=EngineConfig(
@@ -104,20 +102,35 @@ def _serve(live: LiveSettings, common: Any, *, replicas: int, gpus: float | None
             replicas=replicas,
             num_gpus=(1.0 if cluster.gpus else 0.0) if gpus is None else gpus,
         )
-        ray_serve.run(application(arguments), name=APPLICATION, route_prefix="/")
-        _stop_on_signals(over)  # Ray has put handlers of its own there, which end the process at once
         where = f"http://{live.host}:{live.port}"
-        print(f"Serving at {where} (streams: {where.replace('http', 'ws', 1)}/v1/streams). Ctrl-C ends it.", flush=True)
+        streams = where.replace("http", "ws", 1)
+        # Ray has put handlers of its own there, which end the process at once. Replicas take streams some moments
+        # before `run` returns, so this must not wait for that.
+        _stop_on_signals(over)
         try:
+            ray_serve.start(http_options={"host": live.host, "port": live.port}, grpc_options=grpc_options)
+            print(f"Loading {', '.join(live.models)} ...", flush=True)
+            ray_serve.run(application(arguments), name=APPLICATION, route_prefix="/")
+            print(f"Serving at {where} (streams: {streams}/v1/streams). Ctrl-C ends it.", flush=True)
             over.wait()
+        except _Stopped:
+            pass
         finally:
             print("Handing streams over ...", flush=True)
             ray_serve.shutdown()
 
 
+class _Stopped(Exception):
+    """A signal has come."""
+
+
 def _stop_on_signals(over: threading.Event) -> None:
+    """Let the first signal raise `_Stopped` in the main thread, whatever that does; later ones change nothing."""
+
     def stop(number: int, frame: FrameType | None) -> None:
-        over.set()
+        if not over.is_set():
+            over.set()
+            raise _Stopped
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

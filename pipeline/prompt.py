@@ -77,7 +77,9 @@ def save_prompt_embeds(path: Path, embeds_1TD: Tensor) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.touch()  # safetensors reports an unwritable folder as its own error; this one says OSError
+        mode = partial.stat().st_mode
         save_file({TENSOR_NAME: embeds_1TD.detach().to("cpu", torch.float32).contiguous()}, partial)
+        partial.chmod(mode)  # safetensors lets the owner alone read: a model is often fetched by another user
         partial.replace(path)
     finally:
         if partial.exists():

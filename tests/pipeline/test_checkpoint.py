@@ -238,6 +238,16 @@ def test_the_prompt_goes_to_the_users_cache_where_the_folder_is_read_only(
     assert first is not None and second is not None and torch.equal(first, second)
 
 
+def test_who_may_read_the_folder_may_read_the_stored_prompt(tmp_path: Path) -> None:
+    """A model is often fetched by one user, root in an image's build, and read by another."""
+    from pipeline.prompt import save_prompt_embeds
+
+    usual = tmp_path / "usual"
+    usual.touch()
+    save_prompt_embeds(tmp_path / "prompt_embeds.safetensors", torch.zeros(1, 2, 3))
+    assert (tmp_path / "prompt_embeds.safetensors").stat().st_mode == usual.stat().st_mode
+
+
 def test_another_pad_token_is_another_embedding(parity_folder: Path, tmp_path: Path) -> None:
     """The trap: with CLIP's usual padding the model would get numbers that it has never seen."""
     from pipeline.prompt import encode_empty_prompt
