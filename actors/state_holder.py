@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE: Final = "upriver"
 POLL_S: Final = 0.25
+_CONTROLLER_S: Final = 10.0
+_HEAD_RESOURCE: Final = "node:__internal_head__"  # Ray's mark of the head
 
 
 class StateHolder:
@@ -115,8 +117,10 @@ async def replicas_of(application: str) -> dict[str, str] | None:
 
     Serve's public status only counts replicas. What its controller returns here is what the dashboard's REST API shows.
     """
-    controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    details = await controller.get_serve_instance_details.remote()
+    # Looking the name up waits for the head; a head that is gone must not stop everything else in this loop.
+    controller: Any = await asyncio.to_thread(ray.get_actor, "SERVE_CONTROLLER_ACTOR", namespace="serve")
+    async with asyncio.timeout(_CONTROLLER_S):  # the call itself would wait for as long as the controller is away
+        details = await controller.get_serve_instance_details.remote()
     app = details["applications"].get(application)
     if app is None or app["status"] == "DELETING":
         return None
@@ -124,7 +128,10 @@ async def replicas_of(application: str) -> dict[str, str] | None:
 
 
 def holder(application: str, *, kept_s: float, most_bytes: int) -> ActorHandle[StateHolder]:
-    """Return the holder of an application; made if it is not there."""
+    """Return the holder of an application; made if it is not there.
+
+    It is put beside the head, not on it: streams are opened and resumed while the head is replaced.
+    """
     actor: Any = ray.remote(StateHolder).options(
         name=f"states-{application}",
         namespace=NAMESPACE,
@@ -133,9 +140,17 @@ def holder(application: str, *, kept_s: float, most_bytes: int) -> ActorHandle[S
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=10_000,  # every replica has a call waiting
+        label_selector=_beside_the_head(),
     )
     made: ActorHandle[StateHolder] = actor.remote(application, kept_s, most_bytes)
     return made
+
+
+def _beside_the_head() -> dict[str, str] | None:
+    """Return the label selector of every node but the head; None where there is no other."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    heads = [node["NodeID"] for node in nodes if _HEAD_RESOURCE in node.get("Resources", {})]
+    return {"ray.io/node-id": f"!{heads[0]}"} if heads and len(nodes) > len(heads) else None
 
 
 class HeldStates:

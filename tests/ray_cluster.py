@@ -60,13 +60,21 @@ class RayCluster:
     Attributes:
         folder: of the head's machine alone. shared: the folder in it that all nodes see.
         environment: of the head, and of whoever uses the cluster from its machine.
+        start_head: starts the head, also again, under the same address; what it knew is gone unless Redis has it.
     """
 
     folder: Path
     address: str
     job_server: str
     environment: dict[str, str]
+    start_head: Callable[[], Node]
     nodes: list[Node] = field(default_factory=list)
+    heads: list[Node] = field(default_factory=list)
+
+    @property
+    def head(self) -> Node:
+        """The head that runs, or ran last."""
+        return self.heads[-1]
 
     @property
     def shared(self) -> Path:
@@ -152,14 +160,16 @@ _RAY_START = [
 
 
 @contextmanager
-def ray_cluster(folder: Path, *, cpus: int = 1, job_server: bool = False, **variables: str) -> Iterator[RayCluster]:
+def ray_cluster(
+    folder: Path, *, cpus: int = 1, job_server: bool = False, redis_password: str = "", **variables: str
+) -> Iterator[RayCluster]:
     """Start a head with `cpus`, on ports of its own and in a folder of its own, so that other clusters do not matter.
 
     Users must show a token. A node that does not answer for three seconds is dead.
 
     Args:
         folder: empty; for logs, and for what is shared.
-        job_server: commands can be submitted.
+        job_server: commands can be submitted. redis_password: of the Redis that `RAY_REDIS_ADDRESS` names.
         variables: of the environment of all nodes, and of who uses the cluster.
     """
     gcs, dashboard, agent, metrics = free_ports(4)
@@ -179,18 +189,28 @@ def ray_cluster(folder: Path, *, cpus: int = 1, job_server: bool = False, **vari
         f"--include-dashboard={job_server}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", f"--temp-dir=/tmp/upriver-{gcs}",
     ]  # fmt: skip
-    made = RayCluster(folder, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
-    made.shared.mkdir()
-    log = folder / "head.log"
-    head = Node("head", _start(command, environment, log), log)
-    try:
+    if redis_password:
+        command.append(f"--redis-password={redis_password}")
+
+    def start_head() -> Node:
+        log = folder / f"head-{len(made.heads)}.log"
+        # Its trace on this machine, on which a node still looks for it: Ray would take it for running.
+        Path(f"/tmp/upriver-{gcs}/ray_current_cluster").unlink(missing_ok=True)
+        head = Node("head", _start(command, environment, log), log)
+        made.heads.append(head)
         wait_until(lambda: _STARTED in log.read_text(), log, head.process)
         if job_server:
             wait_until(lambda: answers(f"http://127.0.0.1:{agent}/api/healthz"), log, head.process)
             wait_until(lambda: answers(f"{made.job_server}/api/version"), log, head.process)
+        return head
+
+    made = RayCluster(folder, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment, start_head)
+    made.shared.mkdir()
+    try:
+        made.start_head()
         yield made
     finally:
-        for node in [*made.nodes, head]:
+        for node in [*made.nodes, *made.heads]:
             if node.process.poll() is None:
                 node.kill()
         subprocess.run(["rm", "-rf", f"/tmp/upriver-{gcs}"], check=True)
