@@ -34,9 +34,11 @@ _ENVIRONMENT = {
 }
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
-# The user's own settings and cluster must not leak into a test.
+# The user's own settings and cluster must not leak into a test. Where CRD schemas lie is no setting of Upriver.
+_CRDS = "UPRIVER_CRD_DIR"
 for _name in [name for name in os.environ if name.startswith("UPRIVER_") or name == "RAY_ADDRESS"]:
-    del os.environ[_name]
+    if _name != _CRDS:
+        del os.environ[_name]
 # Nor does a test leave anything in the user's cache. What is known of a model there spares later processes seconds.
 _CACHE = tempfile.TemporaryDirectory(prefix="upriver-tests-")
 os.environ["UPRIVER_MODEL_CACHE"] = _CACHE.name

@@ -58,6 +58,7 @@ class RayCluster:
     """A head and its nodes. `address` is for `RAY_ADDRESS`, `job_server` for `RAY_API_SERVER_ADDRESS`.
 
     Attributes:
+        agent: where the head's agent answers.
         folder: of the head's machine alone. shared: the folder in it that all nodes see.
         environment: of the head, and of whoever uses the cluster from its machine.
         start_head: starts the head, also again, under the same address; what it knew is gone unless Redis has it.
@@ -69,6 +70,7 @@ class RayCluster:
     environment: dict[str, str]
     start_head: Callable[[], Node]
     nodes: list[Node] = field(default_factory=list)
+    agent: str = ""
     heads: list[Node] = field(default_factory=list)
 
     @property
@@ -205,6 +207,7 @@ def ray_cluster(
         return head
 
     made = RayCluster(folder, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment, start_head)
+    made.agent = f"http://127.0.0.1:{agent}"
     made.shared.mkdir()
     try:
         made.start_head()
