@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import numpy as np
 import pytest
+import tritonclient.http
 
 from actors.replay import LogEntry, replay
 from infra.api_keys import KeyFile, make_key, write_keys
@@ -22,7 +29,8 @@ from infra.refusals import Unauthorized
 from infra.tenants import Scope
 from tests.k8s.manifests import OVERLAYS
 from tests.k8s.mutations import objects_of
-from tests.k8s.ray_objects import probes, ray_environment, ray_object, relocated, serve_config
+from tests.k8s.ray_objects import environment, probes, ray_environment, ray_object, relocated, serve_config
+from tests.k8s.workloads import Workload, workloads
 from tests.live_service import open_live_engine
 from tests.object_stores import free_ports
 from tests.ray_cluster import ROOT, RayCluster, ray_cluster
@@ -45,6 +53,7 @@ class Service:
     grpc: int
     key: str
     admin: str
+    keys_file: Path
 
     @property
     def base(self) -> str:
@@ -74,7 +83,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with ray_cluster(
         folder / "cluster", cpus=4, job_server=True, PYTHONPATH=str(ROOT), **variables, **ports
     ) as cluster:
-        made = Service(cluster, http, grpc, *keys)
+        made = Service(cluster, http, grpc, *keys, folder / "keys.json")
         config = relocated(serve_config(OVERLAY), http=http, grpc=grpc, keys_file=str(folder / "keys.json"))
         told = made.dashboard("PUT", json=config)
         assert told.status_code == 200, told.text
@@ -185,3 +194,66 @@ def test_routes_that_are_let_in_and_scraped(service: Service) -> None:
     assert set(rules) == {"/v1", "/healthz", "/readyz", "/upriver.live.v1.Live"}
     for path in ("/v1/models", "/healthz", "/readyz"):
         assert httpx.get(service.base + path, headers={"X-Api-Key": service.key}).status_code == 200
+
+
+@contextmanager
+def predictor(container: dict[str, Any], places: dict[str, str]) -> Iterator[None]:
+    """Run `upriver` with the container's arguments and environment; `places` replaces the values of options."""
+    words = [str(each) for each in container["args"]]
+    for option, value in places.items():
+        (number,) = [number for number, word in enumerate(words) if word.startswith(option + "=")]
+        words[number] = f"{option}={value}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment(container)},
+    )
+    try:
+        yield
+        process.terminate()
+        assert process.wait(60) == 0  # within terminationGracePeriodSeconds
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(url: str) -> None:
+    """Return when a probe there would succeed."""
+    limit = time.monotonic() + START_S
+    while True:
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < limit, url
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("overlay", ["production", "kserve"])
+def test_predictors_of_the_manifests_answer_their_probes_and_restore(service: Service, overlay: str) -> None:
+    """The gateway in front of the service, and the runtime with a model of its own, asked by a client of Triton's."""
+    found: list[Workload] = [each for each in workloads(objects_of(overlay)) if each.role == "predictor"]
+    (workload,) = found
+    http, grpc = free_ports(2)
+    places = {"--http-port": str(http), "--grpc-port": str(grpc)}
+    if overlay == "production":
+        model, places["--service"] = "tiny", f"grpc://127.0.0.1:{service.grpc}"
+    else:
+        model, places["--keys"] = "upriver", str(service.keys_file)
+        places["--model"] = "upriver=tiny"  # KServe would put a folder at /mnt/models
+    with predictor(workload.main(), places):
+        asked = {(port, path) for each, port, path in probes(objects_of(overlay)) if each.role == "predictor"}
+        assert asked == {(8080, "/v2/health/live"), (8080, "/v2/health/ready")}
+        for _, path in sorted(asked):
+            wait_for(f"http://127.0.0.1:{http}{path}")
+        client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{http}", network_timeout=60.0)
+        tensor = tritonclient.http.InferInput("frame", list(PICTURES[0].shape), "UINT8")
+        tensor.set_data_from_numpy(PICTURES[0])
+        with pytest.raises(tritonclient.utils.InferenceServerException) as refused:
+            client.infer(model, [tensor])
+        assert refused.value.status() == "401"
+        told = client.infer(model, [tensor], headers={"X-Api-Key": service.key})
+        client.close()
+    expected = next(replay(open_live_engine("tiny").pipe, [LogEntry(0, 0, 4, True)], lambda number: PICTURES[number]))
+    assert (np.abs(told.as_numpy("frame").astype(int) - expected) <= 1).mean() >= 0.999

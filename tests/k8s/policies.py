@@ -19,6 +19,10 @@ _SUFFIXES: Final = {
     "": 1, "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20,
     "Gi": 2**30, "Ti": 2**40,
 }  # fmt: skip
+# Private keys, our own and Amazon's keys, URLs with a password.
+KEYS: Final = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bupr_[0-9a-f]{16}_|://[^/\s:'\"]*:[^@\s/'\"$]+@"
+)
 _MEASURED: Final = ("cpu", "memory", "ephemeral-storage")
 _SAFE_VOLUMES: Final = frozenset(
     {"emptyDir", "configMap", "secret", "projected", "persistentVolumeClaim", "downwardAPI", "ephemeral", "csi"}
@@ -232,9 +236,8 @@ def no_secret_values(objects: list[Object]) -> Iterator[str]:
         words = " ".join(map(str, [*container.get("command", ()), *container.get("args", ())]))
         if re.search(r"(?i)--?(\w*-)?(password|requirepass|token|secret)[= ](?!\$\(|/)\S", words):
             yield f"{name}: a secret among its arguments"
-    text = repr(objects)
-    if re.search(r"-----BEGIN [A-Z ]*PRIVATE KEY-----|AKIA[0-9A-Z]{16}|://[^/\s:'\"]+:[^@\s/'\"$]+@", text):
-        yield "a key, or a URL with a password, stands in the objects"
+    if found := KEYS.search(repr(objects)):
+        yield f"a key, or a URL with a password, stands in the objects: {found[0][:12]}..."
 
 
 RULES: Final[dict[str, Rule]] = {

@@ -9,7 +9,7 @@ import pytest
 from tests.k8s import agreement, policies, references
 from tests.k8s.manifests import K8S, OVERLAYS
 from tests.k8s.mutations import Mutation, mutated, mutation, mutations, objects_of
-from tests.k8s.policies import quantity
+from tests.k8s.policies import KEYS, quantity
 from tests.k8s.references import missing, prerequisites, unmatched_selectors
 from tests.k8s.workloads import Object, Workload, workloads
 
@@ -33,6 +33,16 @@ def test_a_rule_notices(change: Mutation) -> None:
     """By a message that says what was changed."""
     found = list(RULES[change.rule](mutated(change)))
     assert any(change.says in each for each in found), found
+
+
+def test_options_of_the_predictor_are_parsed_where_there_is_one() -> None:
+    from typer.main import get_command
+
+    from jobs.cli import app
+
+    there = "predictor" in get_command(app).commands  # type: ignore[attr-defined]
+    change = mutation("", {"object": "GATEWAY", "at": "spec.predictor.containers.0.args.1", "becomes": "--services=x"})
+    assert any("--services" in each for each in agreement.commands_parse(mutated(change))) is there
 
 
 def test_every_rule_is_broken_above() -> None:
@@ -97,6 +107,28 @@ def test_policies_select_pods(overlay: str) -> None:
 def test_a_selector_of_nothing_is_noticed(item: str, at: str) -> None:
     changed = mutated(mutation("", {"object": item, "at": at, "becomes": "misspelt"}))
     assert any("misspelt" in each for each in unmatched_selectors(changed, all_pods()))
+
+
+def test_no_key_stands_in_the_files() -> None:
+    """Nor in what no overlay renders: comments, patches, components that are switched on by hand."""
+    texts = {path: path.read_text() for path in K8S.rglob("*") if path.suffix in (".yaml", ".md", ".py")}
+    assert len(texts) > 50
+    assert {path.name: found[0] for path, text in texts.items() if (found := KEYS.search(text))} == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-----BEGIN EC PRIVATE " + "KEY-----",
+        "key: AKIA" + "ABCDEFGH01234567",
+        "upr_" + "0123456789abcdef_x",
+        "redis://:" + "a@host",
+        "https://me:" + "word@host/x",
+    ],
+)
+def test_a_key_is_seen(text: str) -> None:
+    assert KEYS.search(text)
+    assert not KEYS.search("https://host:9000/x@y redis://host:6379 upr_[0-9a-zA-Z_-]*")
 
 
 def test_a_kind_that_nobody_knows_is_an_error() -> None:
