@@ -134,8 +134,6 @@ def _unparsed(words: list[str]) -> Iterator[str]:
     from jobs.cli import app
 
     commands: Any = get_command(app).commands  # type: ignore[attr-defined]
-    if words[0] == "predictor" and "predictor" not in commands:
-        return  # not in this version
     if words[0] not in commands:
         yield f"no command {words[0]!r}"
         return
@@ -166,7 +164,7 @@ def serve_configurations_are_taken(objects: list[Object]) -> Iterator[str]:
             module, _, function = application.import_path.partition(":")
             if not callable(getattr(importlib.import_module(module), function, None)):
                 yield f"{label_of(item)}: {application.import_path} cannot be imported"
-            arguments = ApplicationArguments.model_validate(_known(application.args, ApplicationArguments))
+            arguments = ApplicationArguments.model_validate(application.args)
             live = load_live_settings(arguments.live).values
         except (ValidationError, InfraError, ImportError) as error:
             yield f"{label_of(item)}: {error}"
@@ -198,11 +196,6 @@ def _ignored(model: BaseModel, said: Mapping[str, Any], place: str = "") -> Iter
         elif isinstance(read, list) and read and isinstance(read[0], BaseModel):
             for one, told in zip(read, value, strict=True):
                 yield from _ignored(one, told, f"{place}{name}.")
-
-
-def _known(args: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The arguments, without one that a version of the application may not have yet."""
-    return {name: value for name, value in args.items() if name != "autoscaling" or name in model.model_fields}
 
 
 @cache
@@ -273,10 +266,10 @@ def _stop_s(words: list[Any]) -> float:
     """How long a process with these arguments may take to end."""
     from actors.endpoint import ApplicationArguments
 
-    predictor = settings_classes().get("UPRIVER_PREDICTOR_")
+    predictor = settings_classes()["UPRIVER_PREDICTOR_"]
     if words[:1] == ["serve"]:
         return ApplicationArguments().drain_s
-    return float(predictor.model_fields["drain_s"].default) if words[:1] == ["predictor"] and predictor else 0.0
+    return float(predictor.model_fields["drain_s"].default) if words[:1] == ["predictor"] else 0.0
 
 
 def _proxy_waits(item: Object, idle_s: float) -> Iterator[str]:
