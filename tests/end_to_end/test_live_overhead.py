@@ -28,15 +28,27 @@ def test_latency() -> None:
     assert found["raw"]["best"]["p50"] <= 15
 
 
-@pytest.mark.parametrize("ingress", ["haproxy", "python"])
-@pytest.mark.parametrize("transport", [[], ["--grpc"]], ids=["websocket", "grpc"])
+@pytest.mark.parametrize(
+    ("ingress", "transport"),
+    [("haproxy", []), ("haproxy", ["--grpc"]), ("python", ["--grpc"])],
+    ids=["haproxy-websocket", "haproxy-grpc", "python-grpc"],
+)
 def test_a_client_that_ignores_its_credit_moves_little_memory(ingress: str, transport: list[str]) -> None:
+    for told in floods(ingress, *transport):
+        assert max(told["moved_mb"].values()) <= WINDOW_MB + 64 * 1.048576, told
+
+
+def test_the_python_ingress_queues_a_flood_until_it_is_refused() -> None:
+    """Not what is wanted: Serve's own proxy takes in what comes over a WebSocket, as fast as it can be sent meanwhile.
+
+    Why HAProxy is the default. Held here is only that it ends: what is taken in is in proportion to what was sent.
+    """
+    for told in floods("python"):
+        assert max(told["moved_mb"].values()) <= WINDOW_MB + 64 * 1.048576 + 2 * told["sent_mb"], told
+
+
+def floods(ingress: str, *transport: str) -> list[dict[str, Any]]:
     found = measure("flood", "--ingress", ingress, *transport)
-    for number in (1, 2, 3):
-        told = found[f"round {number}"]
-        assert told["refusal"] == "window-exceeded"
-        limit_mb = WINDOW_MB + 64 * 1.048576
-        if ingress == "python" and not transport:
-            # Serve's own proxy queues whatever comes until the refusal reaches it: how much is a matter of speed.
-            limit_mb += 2 * told["sent_mb"]
-        assert max(told["moved_mb"].values()) <= limit_mb, told
+    rounds = [found[f"round {number}"] for number in (1, 2, 3)]
+    assert all(told["refusal"] == "window-exceeded" for told in rounds)
+    return rounds
