@@ -143,12 +143,15 @@ def test_a_state_of_a_newer_version_is_not_guessed_at(monkeypatch: pytest.Monkey
                 await stream.send_picture(picture(number))
                 answers.append(await anext(stream))
                 if number == 5:
+                    (entry,) = states.book._entries.values()
+                    while not entry.snapshots[-1].below:
+                        await asyncio.sleep(0.01)
                     stream._wire._socket.transport.abort()  # type: ignore[union-attr]
             return answers, stream
 
-    write = StreamState.to_bytes
+    states, write = LocalStates(), StreamState.to_bytes
     monkeypatch.setattr(StreamState, "to_bytes", lambda state: write(dataclasses.replace(state, version=VERSION + 1)))
-    with live_service(LiveConfig(state_interval_s=0.001)) as service:
+    with live_service(LiveConfig(state_interval_s=0.001), states=states) as service:
         answers, stream = asyncio.run(run(service))
     assert [answer.id for answer in answers] == list(range(10))
     assert (stream.restarts, Flag.RESET in answers[6].header.flags) == (1, True)
