@@ -62,7 +62,8 @@ def test_a_container_that_is_not_hardened_is_refused(monkeypatch: pytest.MonkeyP
         smoke.check_hardening()
 
 
-def test_a_service_that_ends_early_or_badly_is_noticed() -> None:
+def test_a_service_that_ends_early_or_badly_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     with (
         pytest.raises(smoke.SmokeError, match=r"ended with 2 before it was ready \(it said: .*no-such-option"),
         smoke._running("serve", "--no-such-option") as service,
