@@ -16,6 +16,7 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     device: str = "auto"
     dtype: str = "auto"
+    backend: str = "auto"
     flow: str = "auto"
     threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a step; 0: all cores")
     largest_batch: int = Field(
@@ -31,24 +32,28 @@ def load_engine(source: str, options: EngineConfig, *, max_pixels: int, name: st
         name: by which clients ask for it; None: `source`.
 
     Raises:
-        CheckpointError, FlowError, StorageError: it is not there, or not as it should be.
+        CheckpointError, FlowError, BackendError, StorageError: it is not there, or not as it should be.
     """
     import torch
 
     from actors.hardware import choose_device, choose_dtype, usable_cores
     from actors.live_engine import LiveEngine
     from infra.model_cache import local_model
+    from pipeline.backends import choose_backend
     from pipeline.engine import open_engine
 
     device = choose_device(options.device)
+    backend = choose_backend(options.backend, device)
     threads = options.threads or usable_cores()
     torch.set_num_threads(threads)
     pipe = open_engine(
         local_model(source),
-        torch_dtype=choose_dtype(options.dtype, device),
+        torch_dtype=choose_dtype(options.dtype, device, backend),
         device=device,
         flow=None if options.flow == "auto" else options.flow,  # type: ignore[arg-type]  # checked when loaded
         max_pixels=max_pixels,
+        backend=backend,
     )
+    pipe.warm_up()
     largest_batch = options.largest_batch or (1 if device == "cpu" else 8)
     return LiveEngine(pipe, name or source, largest_batch=largest_batch, threads=threads)

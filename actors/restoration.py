@@ -283,7 +283,7 @@ class Restoration:
             damage=closed.damage,
             seconds=closed.end.seconds,
             device=str(self._pipe.device),
-            dtype=str(self._pipe.dtype).removeprefix("torch."),
+            dtype=self._pipe.numerics,
             flow=self._pipe.flow.name,
         )
         self._done.append(record)

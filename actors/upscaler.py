@@ -66,6 +66,7 @@ class EngineOptions:
     memory_gb: float | None = None
     model_sha256: str | None = None
     exact: bool = False
+    backend: str = "eager"
 
 
 class Upscaler:
@@ -119,16 +120,19 @@ class Upscaler:
             torch.set_num_threads(self._options.threads)
             if self._pipe is None or self._batch is None:
                 from actors.step_batch import StepBatch
+                from pipeline.backends import choose_backend
                 from pipeline.engine import open_engine
 
                 began = time.perf_counter()
                 device = choose_device(self._options.device)
+                backend = choose_backend(self._options.backend, device)
                 pipe = open_engine(
                     local_model(self._options.model),
-                    torch_dtype=choose_dtype(self._options.dtype, device),
+                    torch_dtype=choose_dtype(self._options.dtype, device, backend),
                     device=device,
                     flow=None if self._options.flow == "auto" else self._options.flow,  # type: ignore[arg-type]
                     max_pixels=self._options.max_pixels,
+                    backend=backend,
                 )
                 require_model(pipe.model_sha256, self._options.model_sha256, self._options.model)
                 if self._options.memory_gb is not None:

@@ -32,6 +32,9 @@ Codec = Literal["h264", "hevc", "av1", "vp9", "ffv1", "prores"]
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 PixelFormat = Literal["auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10", "yuv422p10", "yuv444p10"]
 
+# What runs the model, as `pipeline.backends` has it; a test holds the two together.
+Backend = Literal["auto", "eager", "openvino", "graph", "compiled"]
+
 
 class LayeredSettings(BaseSettings):
     """Settings whose layers `load_layers` merges itself, because it remembers which of them each value came from."""
@@ -65,6 +68,10 @@ class Settings(LayeredSettings):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto",
         description="number format of the model; auto: bf16 where the hardware computes in it, else fp32",
+    )
+    backend: Backend = Field(
+        default="auto",
+        description="what runs the model; auto: OpenVINO on a CPU where it is installed, CUDA graphs on a GPU",
     )
     flow: Literal["auto", "dis", "raft", "zero"] = Field(
         default="auto", description="motion estimator; auto: the model's"
@@ -107,7 +114,9 @@ class Settings(LayeredSettings):
     slots: int = Field(
         default=1, ge=1, le=64, description="shots that each worker restores side by side, in shared batches"
     )
-    exact: bool = Field(default=False, description="the same bits on every run: fp32, one thread, one shot at a time")
+    exact: bool = Field(
+        default=False, description="the same bits on every run: eager, fp32, one thread, one shot at a time"
+    )
     memory_gb: float | None = Field(
         default=None, gt=0, le=4096, description="what a worker may need; larger frames go in tiles; none: no limit"
     )
@@ -124,7 +133,9 @@ class Settings(LayeredSettings):
 
     def in_effect(self) -> Settings:
         """Return the settings as they are used: `exact` decides what would change bits, whatever else is said."""
-        return self.model_copy(update={"dtype": "fp32", "threads": 1, "slots": 1}) if self.exact else self
+        if not self.exact:
+            return self
+        return self.model_copy(update={"backend": "eager", "dtype": "fp32", "threads": 1, "slots": 1})
 
 
 def ladder_heights(text: str | None) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from infra.errors import CodedError
 from jobs.errors import ExitCode, Interrupted, exit_code_of
 from jobs.options import (
     AsJson,
+    BackendOption,
     Config,
     Debug,
     Destination,
@@ -75,6 +76,7 @@ def restore(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    backend: BackendOption = None,
     flow: Flow = None,
     scale: Scale = None,
     height: Height = None,
@@ -277,7 +279,8 @@ def restore(
     from jobs.restore import restore_command
 
     flags = {
-        "model": model, "steps": steps, "seed": seed, "device": device, "dtype": dtype, "flow": flow,
+        "model": model, "steps": steps, "seed": seed, "device": device, "dtype": dtype, "backend": backend,
+        "flow": flow,
         "scale": scale, "height": height, "codec": codec, "crf": crf, "preset": preset, "pix_fmt": pix_fmt,
         "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,
         "segment_seconds": segment_seconds, "split_seconds": split_seconds, "warm_up_frames": warm_up_frames,
@@ -369,6 +372,7 @@ def doctor(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
+    backend: BackendOption = None,
     flow: Flow = None,
     config: Config = None,
     as_json: AsJson = False,
@@ -377,7 +381,7 @@ def doctor(
     """Show what is installed, which device, model and settings are used, and what is wrong."""
     from jobs.doctor import doctor_command
 
-    flags = {"model": model, "device": device, "dtype": dtype, "flow": flow}
+    flags = {"model": model, "device": device, "dtype": dtype, "backend": backend, "flow": flow}
     return doctor_command(flags=flags, config=config, as_json=as_json)
 
 
@@ -387,6 +391,7 @@ def bench(
     steps: Steps = None,
     device: Device = None,
     dtype: Dtype = None,
+    backend: BackendOption = None,
     flow: Flow = None,
     threads: Threads = None,
     size: Annotated[str, typer.Option(help="Input size, WIDTHxHEIGHT.")] = "160x120",
@@ -403,6 +408,7 @@ def bench(
         "steps": steps,
         "device": device,
         "dtype": dtype,
+        "backend": backend,
         "flow": flow,
         "threads": threads,
     }

@@ -145,6 +145,8 @@ def _device(loaded: LoadedSettings, findings: Findings) -> dict[str, Any]:
     import torch
 
     from actors.hardware import choose_device, choose_dtype, cpu_computes_bf16
+    from pipeline.backends import choose_backend
+    from pipeline.errors import BackendError
 
     found: dict[str, Any] = {
         "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -153,7 +155,13 @@ def _device(loaded: LoadedSettings, findings: Findings) -> dict[str, Any]:
     }
     device = choose_device(loaded.values.device)
     found["used"] = device
-    found["dtype_used"] = str(choose_dtype(loaded.values.dtype, device)).removeprefix("torch.")
+    backend = "eager"
+    try:
+        backend = choose_backend(loaded.values.backend, device)
+    except BackendError as error:
+        findings.problems.append(Problem(error.message, error.remedy, int(ExitCode.MODEL)))
+    found["backend_used"] = backend
+    found["dtype_used"] = str(choose_dtype(loaded.values.dtype, device, backend)).removeprefix("torch.")
     return found
 
 

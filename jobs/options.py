@@ -60,6 +60,14 @@ Dtype = Annotated[
         show_default=False,
     ),
 ]
+BackendOption = Annotated[
+    Literal["auto", "eager", "openvino", "graph", "compiled"] | None,
+    typer.Option(
+        "--backend",
+        help="What runs the model; auto: openvino on a CPU, graph on a GPU. [default: auto]",
+        show_default=False,
+    ),
+]
 Flow = Annotated[
     Literal["auto", "dis", "raft", "zero"] | None,
     typer.Option(

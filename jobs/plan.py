@@ -104,7 +104,9 @@ def _numerics(settings: Settings) -> str:
     """What changes pixels beside the options, as far as runs are told apart by it."""
     named = f"{settings.dtype}/{settings.flow}"
     if not settings.exact:
-        return named  # whatever the memory: a job must be able to go on where there is less of it
+        return (
+            f"{settings.backend}/{named}"  # whatever the memory: a job must be able to go on where there is less of it
+        )
     tiles = "" if settings.memory_gb is None else f"/{settings.memory_gb:g} GB"
     return f"{named}/exact{tiles}"
 

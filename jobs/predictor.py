@@ -17,7 +17,7 @@ from infra.listening import require_asking
 from infra.live_settings import LiveSettings, load_live_settings
 from infra.predictor_settings import PredictorSettings, load_predictor_settings
 from infra.settings import Settings, load_settings
-from jobs.options import Config, Debug, Device, Dtype, Flow, Threads
+from jobs.options import BackendOption, Config, Debug, Device, Dtype, Flow, Threads
 
 if TYPE_CHECKING:
     from actors.model_loading import EngineConfig
@@ -44,6 +44,7 @@ def predictor(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    backend: BackendOption = None,
     flow: Flow = None,
     threads: Threads = None,
     config: Config = None,
@@ -60,7 +61,8 @@ def predictor(
     }
     settings = load_predictor_settings(flags, config).values
     live = load_live_settings({"keys_file": keys}, config).values
-    common = load_settings({"device": device, "dtype": dtype, "flow": flow, "threads": threads}, config).values
+    wanted = {"device": device, "dtype": dtype, "backend": backend, "flow": flow, "threads": threads}
+    common = load_settings(wanted, config).values
     if settings.service is None:
         require_asking(live, settings.host, insecure=settings.insecure)
     _serve(settings, live, common)
@@ -71,7 +73,13 @@ def _serve(settings: PredictorSettings, live: LiveSettings, common: Settings) ->
     from actors.model_loading import EngineConfig
     from actors.predictor_server import PredictorServer
 
-    engine = EngineConfig(device=common.device, dtype=common.dtype, flow=common.flow, threads=common.threads or 0)
+    engine = EngineConfig(
+        device=common.device,
+        dtype=common.dtype,
+        backend=common.backend,
+        flow=common.flow,
+        threads=common.threads or 0,
+    )
     what = ", ".join(settings.models) if settings.service is None else settings.service
     print(f"Loading {what} ..." if settings.service is None else f"In front of {what} ...", flush=True)
     asyncio.run(_until_stopped(settings, live, engine, PredictorServer))

@@ -325,6 +325,7 @@ class RestoreRun:
                 model=self.model.source,
                 device=settings.device,
                 dtype=settings.dtype,
+                backend=settings.backend,
                 flow=settings.flow,
                 threads=size.threads_each,
                 max_pixels=settings.max_pixels,

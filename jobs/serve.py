@@ -18,7 +18,7 @@ from infra.listening import require_safe_listening
 from infra.live_grpc import SERVICER_FUNCTION
 from infra.live_settings import LiveSettings, load_live_settings
 from infra.settings import load_settings
-from jobs.options import Config, Debug, Device, Dtype, Flow, Threads
+from jobs.options import BackendOption, Config, Debug, Device, Dtype, Flow, Threads
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -54,6 +54,7 @@ def serve(
     ] = "haproxy",
     device: Device = None,
     dtype: Dtype = None,
+    backend: BackendOption = None,
     flow: Flow = None,
     threads: Threads = None,
     config: Config = None,
@@ -69,7 +70,8 @@ def serve(
         "insecure": insecure,
     }
     live = load_live_settings(flags, config).values
-    common = load_settings({"device": device, "dtype": dtype, "flow": flow, "threads": threads}, config).values
+    wanted = {"device": device, "dtype": dtype, "backend": backend, "flow": flow, "threads": threads}
+    common = load_settings(wanted, config).values
     require_safe_listening(live)
     _serve(live, common, replicas=replicas, gpus=gpus, ingress=ingress)
     return 0
@@ -97,7 +99,11 @@ def _serve(live: LiveSettings, common: Any, *, replicas: int, gpus: float | None
         arguments = ApplicationArguments(
             live=live.model_dump(exclude_defaults=True),
             engine=EngineConfig(
-                device=common.device, dtype=common.dtype, flow=common.flow, threads=common.threads or 0
+                device=common.device,
+                dtype=common.dtype,
+                backend=common.backend,
+                flow=common.flow,
+                threads=common.threads or 0,
             ),
             replicas=replicas,
             num_gpus=(1.0 if cluster.gpus else 0.0) if gpus is None else gpus,

@@ -27,19 +27,25 @@ if TYPE_CHECKING:
 
 
 def open_engine(
-    source: str, *, torch_dtype: torch.dtype, device: str, flow: FlowName | None, max_pixels: int
+    source: str,
+    *,
+    torch_dtype: torch.dtype,
+    device: str,
+    flow: FlowName | None,
+    max_pixels: int,
+    backend: str = "eager",
 ) -> Engine:
     """Return the engine with this name, folder or hub id; arguments as in `StreamDiffVSRPipeline.from_pretrained`.
 
     Raises:
-        CheckpointError, FlowError: as there.
+        CheckpointError, FlowError, BackendError: as there.
     """
     if is_stand_in(source):
         return StandIn(source)
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
     return StreamDiffVSRPipeline.from_pretrained(
-        source, torch_dtype=torch_dtype, device=device, flow=flow, max_pixels=max_pixels
+        source, torch_dtype=torch_dtype, device=device, flow=flow, max_pixels=max_pixels, backend=backend
     )
 
 
@@ -63,6 +69,7 @@ class StandIn:
         self._step_s = stand_in_step_s(source)
         self.device = torch.device("cpu")
         self.dtype = torch.float32
+        self.numerics = "float32"
         self.flow = _NoFlow()
         self.model_sha256 = STAND_IN_SHA256
 
@@ -75,6 +82,9 @@ class StandIn:
 
     def set_aside(self, beside_bytes: int) -> None:
         """Nothing: no memory is needed."""
+
+    def warm_up(self) -> None:
+        """Nothing: the first frame takes as long as any other."""
 
     def halve_tiles(self) -> bool:
         """Return False: there is nothing to halve."""

@@ -60,6 +60,10 @@ class FlowError(PipelineError):
     """A flow estimator is not installed, unknown, or was handed a flow that does not fit."""
 
 
+class BackendError(PipelineError):
+    """A backend is unknown, not installed, or does not run on the device."""
+
+
 class ScheduleError(PipelineError):
     """A denoising schedule is impossible: an unknown number of steps or timesteps out of order."""
 

@@ -53,6 +53,11 @@ def stand_in_step_s(source: str) -> float:
     return float(found[1]) / 1000
 
 
+def cache_folder() -> Path:
+    """Return the folder for what is made from models and can be made again; `XDG_CACHE_HOME` moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upriver"
+
+
 def built_in_models() -> list[str]:
     """Return the names of the models that come with the package."""
     return sorted(path.parent.name for path in _MODELS.glob("*/model_index.json"))

@@ -14,6 +14,8 @@ Does not know: streams, latents, dtypes of models.
 from __future__ import annotations
 
 import math
+import threading
+from collections import OrderedDict
 from typing import Final
 
 import torch
@@ -149,6 +151,33 @@ def frame_noise(shape: tuple[int, int, int], *, seed: int, index: int, device: t
     return torch.cat(pieces).reshape(shape)
 
 
+class NoiseCache:
+    """Draws of `frame_noise` that come again: those of streams whose noise is the same for every frame.
+
+    Args:
+        limit_bytes: drawn noise beyond this is forgotten, what was used longest ago first.
+    """
+
+    def __init__(self, limit_bytes: int = 64 << 20) -> None:
+        self._limit_bytes = limit_bytes
+        self._drawn: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def draw(self, shape: tuple[int, int, int], *, seed: int, index: int, device: torch.device) -> Tensor:
+        """Return what `frame_noise` returns; the tensor is shared and must not be changed."""
+        key = (shape, seed, index, device)
+        with self._lock:
+            if key in self._drawn:
+                self._drawn.move_to_end(key)
+                return self._drawn[key]
+        drawn = frame_noise(shape, seed=seed, index=index, device=device)
+        with self._lock:
+            self._drawn[key] = drawn
+            while len(self._drawn) > 1 and sum(x.nbytes for x in self._drawn.values()) > self._limit_bytes:
+                self._drawn.popitem(last=False)
+        return drawn
+
+
 def _elements(start: int, stop: int, seed: int, index: int, device: torch.device) -> Tensor:
     """Return the noise (fp32) of the elements `start` to `stop` of one frame."""
     element = torch.arange(start, stop, dtype=torch.int64, device=device)
@@ -169,12 +198,17 @@ def inverse_normal(p: Tensor) -> Tensor:
     r = 0.180625 - q * q
     x = q * _rational(_CENTRE, r)
     tail = q.abs() > 0.425
-    q_tail = q[tail]
-    smaller = torch.where(q_tail < 0, p[tail], 1.0 - p[tail])
+    if p.is_cuda:  # choosing the tail would make the processor wait for the GPU; computing all of it costs less
+        return torch.where(tail, _tail(p, q), x)
+    x[tail] = _tail(p[tail], q[tail])
+    return x
+
+
+def _tail(p: Tensor, q: Tensor) -> Tensor:
+    smaller = torch.where(q < 0, p, 1.0 - p)
     r = torch.sqrt(-_log(smaller))
     magnitude = torch.where(r <= 5.0, _rational(_TAIL, r - 1.6), _rational(_FAR_TAIL, r - 5.0))
-    x[tail] = torch.where(q_tail < 0, -magnitude, magnitude)
-    return x
+    return torch.where(q < 0, -magnitude, magnitude)
 
 
 def _rational(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.model_source import PROMPT
+from pipeline.model_source import PROMPT, cache_folder
 
 TENSOR_NAME: Final = "prompt_embeds"
 
@@ -153,8 +153,7 @@ def _read(path: Path, width: int) -> Tensor:
 
 
 def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "upriver" / "prompt_embeds"
+    return cache_folder() / "prompt_embeds"
 
 
 def _identity(folder: Path) -> str:

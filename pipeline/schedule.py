@@ -13,7 +13,7 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import torch
 from diffusers import DDIMScheduler
@@ -96,25 +96,51 @@ def ddim_step(
     Returns:
         The latent at `previous`, (B,C,h,w) in fp32 or wider; differentiable.
     """
-    device = latent_BChw.device
     alphas = scheduler.alphas_cumprod
-    now = torch.stack([alphas[t] for t in timestep]).to(device).view(-1, 1, 1, 1)
+    now = torch.stack([alphas[t] for t in timestep])
     then = torch.stack([alphas[t] if t != FINAL else scheduler.final_alpha_cumprod for t in previous])
-    then = then.to(device).view(-1, 1, 1, 1)
+    now, then = (x.to(latent_BChw.device).view(-1, 1, 1, 1) for x in (now, then))
+    roots = DDIMRoots(now**0.5, (1 - now) ** 0.5, then**0.5, (1 - then) ** 0.5)
+    return ddim_update(scheduler, output_BChw, latent_BChw, roots)
 
+
+Number = TypeVar("Number", float, Tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class DDIMRoots(Generic[Number]):
+    """Square roots of the cumulative alpha, and of one minus it, at a timestep and at the one it arrives at."""
+
+    signal: Number
+    noise: Number
+    next_signal: Number
+    next_noise: Number
+
+
+def ddim_roots(scheduler: DDIMScheduler, timestep: int, previous: int) -> DDIMRoots[float]:
+    """Return the numbers of one step as plain numbers, for a batch whose rows are all at the same timestep."""
+    now = scheduler.alphas_cumprod[timestep]
+    then = scheduler.alphas_cumprod[previous] if previous != FINAL else scheduler.final_alpha_cumprod
+    return DDIMRoots(*(float(x) for x in (now**0.5, (1 - now) ** 0.5, then**0.5, (1 - then) ** 0.5)))
+
+
+def ddim_update(
+    scheduler: DDIMScheduler, output_BChw: Tensor, latent_BChw: Tensor, roots: DDIMRoots[Tensor] | DDIMRoots[float]
+) -> Tensor:
+    """Do what `ddim_step` does, with the roots of the alphas at hand."""
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":
-        clean = now**0.5 * latent_BChw - (1 - now) ** 0.5 * output_BChw
-        noise = now**0.5 * output_BChw + (1 - now) ** 0.5 * latent_BChw
+        clean = roots.signal * latent_BChw - roots.noise * output_BChw
+        noise = roots.signal * output_BChw + roots.noise * latent_BChw
     elif kind == "epsilon":
-        clean = (latent_BChw - (1 - now) ** 0.5 * output_BChw) / now**0.5
+        clean = (latent_BChw - roots.noise * output_BChw) / roots.signal
         noise = output_BChw
     else:  # "sample"; require_supported lets nothing else through
         clean = output_BChw
-        noise = (latent_BChw - now**0.5 * clean) / (1 - now) ** 0.5
+        noise = (latent_BChw - roots.signal * clean) / roots.noise
     if scheduler.config.clip_sample:
         clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
-    return then**0.5 * clean + (1 - then) ** 0.5 * noise
+    return roots.next_signal * clean + roots.next_noise * noise
 
 
 def require_supported(scheduler: DDIMScheduler) -> None:

@@ -26,15 +26,16 @@ from diffusers import ControlNetModel, DDIMScheduler, DiffusionPipeline, UNet2DC
 from torch import Tensor, nn
 
 from pipeline.autoencoder import TemporalAutoencoderTiny
+from pipeline.backends import Backend, choose_backend, make_backend, run_groups, take_rows
 from pipeline.checkpoint import fingerprint, load_checkpoint, save_extras
 from pipeline.errors import InputError
 from pipeline.flow import FlowEstimator, FlowName, FlowSize, make_flow
 from pipeline.frames import frame_to_tensor, shrink_to_multiple_of_4, tensor_to_frame
 from pipeline.guidance import Residuals, artg_residuals, embed_condition, flow_warp, reference_residuals
 from pipeline.memory import Tiler
-from pipeline.noise import frame_noise
+from pipeline.noise import NoiseCache, frame_noise
 from pipeline.options import Guidance, ModelOptions
-from pipeline.preconditions import CALLBACK_TENSORS, require_fit, require_inputs
+from pipeline.preconditions import CALLBACK_TENSORS, MINIMUM_SIDE, require_fit, require_inputs
 from pipeline.schedule import Schedule, ddim_step, make_schedule
 from pipeline.state import StreamState
 from pipeline.tiling import Past, TilePlan, Window, decode_in_tiles, embed_in_tiles, flow_in_tiles, predict_in_tiles
@@ -67,6 +68,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         guidance: which uses of the previous output are on; replace it for ablations.
         cache_condition: embed ARTG's condition once per frame instead of once per step. The numbers are equal; False
             takes the published path through ``ControlNetModel.forward``.
+        backend: name of what runs whole frames, see `pipeline.backends`; change it by `use_backend`.
 
     Raises:
         CheckpointError: the networks do not fit together. ScheduleError: the scheduler cannot be run. FlowError: the
@@ -105,6 +107,8 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         self.max_pixels = max_pixels
         self._model_sha256 = model_sha256
         self._tiler = Tiler()
+        self._backend: Backend | None = None
+        self._noise = NoiseCache()
 
     @classmethod
     def from_pretrained(
@@ -117,6 +121,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         flow_size: FlowSize | None = None,
         guidance: Guidance | Mapping[str, bool] | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        backend: str = "eager",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -131,12 +136,16 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             flow_size: where RAFT or DIS estimates (``"input"`` or ``"output"``), instead of the checkpoint's choice.
             guidance: switches for ablations, instead of the checkpoint's.
             max_pixels: input frames with more pixels are refused.
+            backend: what runs whole frames, see `pipeline.backends`: ``"eager"`` is the reference, ``"auto"`` the
+                fastest for the device. OpenVINO computes in `torch_dtype` while networks and states stay in fp32.
             revision, cache_dir, local_files_only: as in ``huggingface_hub``, for hub ids.
 
         Raises:
             CheckpointError: nothing is there, a file is missing, not safetensors, or does not fit its configuration.
             FlowError: an unknown estimator, or one whose library is not installed.
+            BackendError: an unknown backend, one that is not installed, or not for this device.
         """
+        chosen = choose_backend(backend, str(device or "cpu"))
         checkpoint = load_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
         options = checkpoint.options
         if guidance is not None:
@@ -156,7 +165,9 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             model_sha256=checkpoint.model_sha256,
             max_pixels=max_pixels,
         )
-        return pipe.to(device or "cpu", torch_dtype)
+        pipe.to(device or "cpu", torch.float32 if chosen == "openvino" else torch_dtype)
+        pipe.use_backend(chosen, torch_dtype)
+        return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the published layout: the networks, ``prompt_embeds.safetensors`` and ``upriver.json``; no pickles.
@@ -170,6 +181,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move and cast the networks, as in diffusers: ``pipe.to(device, dtype)``."""
+        before = self.device.type
         for network in (self.unet, self.controlnet, self.vae):
             nn.Module.to(network, *args, **kwargs)  # diffusers' own `to` warns of a cast that these networks bear
             if self.device.type == "cpu":
@@ -177,7 +189,43 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
                 network.to(memory_format=torch.channels_last)
         self.prompt_embeds_1TD = self.prompt_embeds_1TD.to(self.device)
         self.flow.to(self.device)
+        if self._backend is not None:
+            if self.device.type != before:
+                choose_backend(self._backend.name, str(self.device))
+            self._backend.forget()
         return self
+
+    @property
+    def backend(self) -> str:
+        """Name of what runs whole frames: "eager", "openvino", "graph" or "compiled"."""
+        return "eager" if self._backend is None else self._backend.name
+
+    @property
+    def numerics(self) -> str:
+        """What the networks compute in and by, for people: "float32", "bfloat16 by openvino"."""
+        dtype = str(self.dtype if self._backend is None else self._backend.dtype).removeprefix("torch.")
+        return dtype if self._backend is None else f"{dtype} by {self._backend.name}"
+
+    def use_backend(self, name: str, dtype: torch.dtype | None = None) -> None:
+        """Let another backend run whole frames; ``"auto"`` takes the fastest for the device.
+
+        Args:
+            dtype: in which OpenVINO computes; None: that of the networks.
+
+        Raises:
+            BackendError: an unknown name, a backend that is not installed, or one that does not run on this device.
+        """
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = make_backend(choose_backend(name, str(self.device)), self, dtype or self.unet.dtype)
+
+    def warm_up(self) -> None:
+        """Have the backend make what it needs for frames of any size, if it can, before anybody waits for a frame."""
+        if self._backend is not None and self._backend.serves_every_size:
+            state, side = self.start(), MINIMUM_SIDE
+            still = torch.zeros(1, 2, 4 * side, 4 * side)
+            for _ in range(2):  # a first frame, and one with a past
+                self.step(torch.zeros(1, 3, side, side), [state], flow_B2HW=still, steps=1)
 
     @property
     def model_sha256(self) -> str:
@@ -263,53 +311,36 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         device, dtype = self.device, self.unet.dtype
         frames_B3hw = frames_B3HW.to(device, torch.float32)
 
-        # 2. Find where the previous outputs of the streams that have one went; warp them, unless that is done by tiles
+        # 2. Find where the previous outputs of the streams that have one went
         plan = self._tiler.plan_for(self, frames_B3hw.shape)
         later = [b for b, state in enumerate(states) if not state.is_first] if self.guidance.needs_previous else []
         previous = [states[b].prev_output_3HW for b in later]
         past = Past([x.to(device, dtype) for x in previous if x is not None], self.options.warp)
-        warped_L3HW = None
         if later and self.guidance.needs_warp:
             if flow_B2HW is None:
                 inputs = [states[b].prev_input_3HW for b in later]
                 previous_L3hw = torch.stack([x.to(device, torch.float32) for x in inputs if x is not None])
                 side = plan.flow
-                run = self.flow if side is None else partial(flow_in_tiles, self.flow, side=side)
-                flow_L2HW = run(frames_B3hw[later], previous_L3hw).to(device)
+                estimate = self.flow if side is None else partial(flow_in_tiles, self.flow, side=side)
+                flow_L2HW = estimate(take_rows(frames_B3hw, later), previous_L3hw).to(device)
             else:
                 flow_L2HW = flow_B2HW[later].to(device, torch.float32)
             past = Past(past.pictures, self.options.warp, flow_L2HW)
-            if plan.decoder is None:
-                warped_L3HW = flow_warp(torch.stack(list(past.pictures)), flow_L2HW, self.options.warp)
 
-        # 3. Draw the initial latents; embed ARTG's condition, which all denoising steps share
+        # 3. Draw the initial latents
         latents = self._initial_latents(frames_B3hw, states, noise_B4HW)
-        condition_L = None
-        if self.guidance.artg and later:
-            if plan.decoder is not None:
-                condition_L = embed_in_tiles(self.controlnet, past, frames_B3hw, plan.decoder)
-            elif warped_L3HW is not None:
-                condition_L = embed_condition(self.controlnet, warped_L3HW) if self.cache_condition else warped_L3HW
 
-        # 4. Denoise
-        seen_by_caller = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._denoise(frames_B3hw, latents, schedules, condition_L, later, plan, *seen_by_caller)
-        del condition_L
-
-        # 5. Decode, with TPM where there is a previous output
-        latents = (latents / self.vae.config.scaling_factor).to(dtype)
-        with_tpm = later if self.guidance.tpm else []
-        if plan.decoder is not None:
-            look = past.warped if self.guidance.tpm_warped else past.plain
-            output_B3HW = decode_in_tiles(self.vae, latents, look, with_tpm, plan.decoder)
+        # 4. Denoise and decode: all networks as one function where that can be, otherwise one after the other
+        if self._backend is not None and plan.is_whole and callback_on_step_end is None:
+            output_B3HW = run_groups(
+                self._backend.run, self.guidance, frames_B3hw, latents, schedules, past.pictures, past.flow_L2HW, later
+            )
         else:
-            if not self.guidance.tpm_warped and later:
-                warped_L3HW = torch.stack(list(past.pictures))
-            features_L = self.vae.encode_temporal(warped_L3HW) if with_tpm and warped_L3HW is not None else None
-            output_B3HW = self._decode(latents, features_L, later)
-        del past, previous, warped_L3HW, latents  # the new state needs their room
+            seen_by_caller = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+            output_B3HW = self._by_parts(frames_B3hw, latents, schedules, past, later, plan, *seen_by_caller)
+        del past, previous, latents  # the new state needs their room
 
-        # 6. Only now, when nothing can fail any more, hand the outcome to the states. They own their memory: neither
+        # 5. Only now, when nothing can fail any more, hand the outcome to the states. They own their memory: neither
         # the caller's tensors nor a neighbour in the batch.
         outputs = [row.clone(memory_format=torch.contiguous_format) for row in output_B3HW]
         own_inputs = [row.clone(memory_format=torch.contiguous_format) for row in frames_B3hw]
@@ -375,11 +406,50 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             return noise_B4HW.to(frames_B3hw.device, torch.float32)
         shape = (self.vae.config.latent_channels, *frames_B3hw.shape[2:])
         fixed = self.options.noise == "fixed"
-        drawn = [
-            frame_noise(shape, seed=state.seed, index=0 if fixed else state.index, device=frames_B3hw.device)
-            for state in states
-        ]
-        return torch.stack(drawn)
+        draw = self._noise.draw if fixed else frame_noise
+        device = frames_B3hw.device
+        return torch.stack(
+            [draw(shape, seed=state.seed, index=0 if fixed else state.index, device=device) for state in states]
+        )
+
+    def _by_parts(
+        self,
+        frames_B3hw: Tensor,
+        latents: Tensor,
+        schedules: list[Schedule],
+        past: Past,
+        later: list[int],
+        plan: TilePlan,
+        callback_on_step_end: StepCallback | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        """Return the decoder's output (B,3,4h,4w): the reference, for unlike streams, tiles and callbacks."""
+        # a. Warp the previous outputs, unless that is done by tiles; embed ARTG's condition, which all steps share
+        warped_L3HW = condition_L = None
+        if past.flow_L2HW is not None and plan.decoder is None:
+            warped_L3HW = flow_warp(torch.stack(list(past.pictures)), past.flow_L2HW, self.options.warp)
+        if self.guidance.artg and later:
+            if plan.decoder is not None:
+                condition_L = embed_in_tiles(self.controlnet, past, frames_B3hw, plan.decoder)
+            elif warped_L3HW is not None:
+                condition_L = embed_condition(self.controlnet, warped_L3HW) if self.cache_condition else warped_L3HW
+
+        # b. Denoise
+        latents = self._denoise(
+            frames_B3hw, latents, schedules, condition_L, later, plan, callback_on_step_end, callback_inputs
+        )
+        del condition_L
+
+        # c. Decode, with TPM where there is a previous output
+        latents = (latents / self.vae.config.scaling_factor).to(self.unet.dtype)
+        with_tpm = later if self.guidance.tpm else []
+        if plan.decoder is not None:
+            look = past.warped if self.guidance.tpm_warped else past.plain
+            return decode_in_tiles(self.vae, latents, look, with_tpm, plan.decoder)
+        if not self.guidance.tpm_warped and later:
+            warped_L3HW = torch.stack(list(past.pictures))
+        features_L = self.vae.encode_temporal(warped_L3HW) if with_tpm and warped_L3HW is not None else None
+        return self._decode(latents, features_L, later)
 
     def _denoise(
         self,

@@ -42,6 +42,9 @@ for _name in [name for name in os.environ if name.startswith("UPRIVER_") or name
 # Nor does a test leave anything in the user's cache. What is known of a model there spares later processes seconds.
 _CACHE = tempfile.TemporaryDirectory(prefix="upriver-tests-")
 os.environ["UPRIVER_MODEL_CACHE"] = _CACHE.name
+# The reference, whatever is installed: tests compare what jobs and services give with the engine, bit for bit. Those of
+# other backends ask for them.
+os.environ["UPRIVER_BACKEND"] = "eager"
 
 
 def parse_allowed_skips(text: str) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from pipeline.video_errors import DestinationError, EncodeError, UnreadableVideo
 SURFACE = {
     "upriver": ["--version"],
     "upriver restore": [
-        "SRC", "DST", "--model", "--steps", "--seed", "--device", "--dtype", "--flow", "--scale", "--height", "--codec",
+        "SRC", "DST", "--model", "--steps", "--seed", "--device", "--dtype", "--backend", "--flow", "--scale", "--height", "--codec",
         "--crf", "--preset", "--pix-fmt", "--fragmented", "--no-fragmented", "--framemd5", "--no-framemd5", "--hls",
         "--deinterlace", "--cuts", "--no-cuts", "--compare", "--truth", "--overwrite",
         "--retry-failed", "--keep", "--segment-seconds", "--split-seconds", "--warm-up-frames", "--exact", "--no-exact",
@@ -32,9 +32,9 @@ SURFACE = {
     "upriver cancel": ["DST", "--wait", "--no-wait", "--json", "--debug"],
     "upriver report": ["DST", "--output", "-o", "--samples", "--json", "--debug"],
     "upriver verify": ["SRC", "DST", "--scale", "--height", "--json", "--debug"],
-    "upriver doctor": ["--model", "--device", "--dtype", "--flow", "--config", "--json", "--debug"],
+    "upriver doctor": ["--model", "--device", "--dtype", "--backend", "--flow", "--config", "--json", "--debug"],
     "upriver bench": [
-        "--model", "--steps", "--device", "--dtype", "--flow", "--threads", "--size", "--frames", "--config", "--json",
+        "--model", "--steps", "--device", "--dtype", "--backend", "--flow", "--threads", "--size", "--frames", "--config", "--json",
         "--debug",
     ],
     "upriver serve": [],

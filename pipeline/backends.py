@@ -1,0 +1,152 @@
+"""What runs a whole frame on the hardware: torch as it is, OpenVINO, CUDA graphs, or code that torch compiled.
+
+Knows: names of backends and which suits a device, and how a batch of unlike streams becomes groups of like ones. Does
+not know: how any of them works inside (`pipeline.openvino_backend`, `pipeline.cuda_backend`).
+
+"eager" is the reference. The others take a frame through all networks as one function (`pipeline.frame_core`); steps
+with tiles or callbacks fall back to the reference.
+
+Shapes: B streams of the batch, L those with a previous frame, h w input size, H W output size, C latent channels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import BackendError
+from pipeline.frame_core import CoreInputs, CoreKind
+from pipeline.options import Guidance
+from pipeline.schedule import Schedule
+
+if TYPE_CHECKING:
+    from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+
+BackendName = Literal["auto", "eager", "openvino", "graph", "compiled"]
+BACKENDS: Final[tuple[str, ...]] = get_args(BackendName)
+
+
+class Backend(Protocol):
+    """Runs `FrameCore`s; belongs to one pipeline."""
+
+    name: str
+    dtype: torch.dtype  # in which networks compute
+    serves_every_size: bool  # whether what was made for one size of frame serves all others
+
+    def run(self, kind: CoreKind, inputs: CoreInputs) -> Tensor:
+        """Return what the core of this kind returns (B,3,H,W); the tensor is the caller's own."""
+        ...
+
+    def forget(self) -> None:
+        """Drop everything that was made for the networks as they were: they were moved or cast."""
+        ...
+
+    def close(self) -> None:
+        """Leave the networks as they were found; the backend is not used again."""
+        ...
+
+
+def choose_backend(wanted: str, device: str) -> str:
+    """Return the backend to use on `device` ("cpu", "cuda:0"); `wanted` may be "auto".
+
+    "auto" is OpenVINO on a CPU if it is installed, CUDA graphs on a CUDA device, and eager elsewhere.
+
+    Raises:
+        BackendError: an unknown name, a backend that does not run on this device, or one that is not installed.
+    """
+    if wanted not in BACKENDS:
+        raise BackendError(
+            f"There is no backend {wanted!r}.", code="backend-unknown", remedy=f"Choose one of {', '.join(BACKENDS)}."
+        )
+    kind = torch.device(device).type
+    installed = importlib.util.find_spec("openvino") is not None
+    if wanted == "auto":
+        return {"cpu": "openvino" if installed else "eager", "cuda": "graph"}.get(kind, "eager")
+    if wanted == "openvino" and kind != "cpu":
+        raise BackendError(
+            f"The backend 'openvino' runs on the CPU, not on {device}.",
+            code="backend-device",
+            remedy="Use --device cpu, or --backend auto.",
+        )
+    if wanted == "openvino" and not installed:
+        raise BackendError(
+            "The backend 'openvino' needs OpenVINO, which is not installed.",
+            code="backend-missing",
+            remedy="Install it by `pip install 'upriver[openvino]'`, or use --backend eager.",
+        )
+    if wanted == "graph" and kind != "cuda":
+        raise BackendError(
+            f"The backend 'graph' captures CUDA graphs; {device} is no CUDA device.",
+            code="backend-device",
+            remedy="Use --backend auto.",
+        )
+    return wanted
+
+
+def make_backend(name: str, pipe: StreamDiffVSRPipeline, dtype: torch.dtype) -> Backend | None:
+    """Return the backend of this name for `pipe`; None for "eager".
+
+    Args:
+        name: as `choose_backend` returned it.
+        dtype: in which OpenVINO computes; the others take that of the networks.
+    """
+    match name:
+        case "openvino":
+            from pipeline.openvino_backend import OpenVINOBackend
+
+            return OpenVINOBackend(pipe, dtype)
+        case "graph" | "compiled":
+            from pipeline.cuda_backend import CapturingBackend
+
+            return CapturingBackend(pipe, compiles=name == "compiled")
+    return None
+
+
+def run_groups(
+    run: Callable[[CoreKind, CoreInputs], Tensor],
+    guidance: Guidance,
+    frames_B3hw: Tensor,
+    latents_BChw: Tensor,
+    schedules: Sequence[Schedule],
+    previous: Sequence[Tensor],
+    flow_L2HW: Tensor | None,
+    later: Sequence[int],
+) -> Tensor:
+    """Return the outputs (B,3,H,W) of a batch of streams, those alike together.
+
+    Args:
+        previous: previous outputs (3,H,W) of the L streams that have one and use it.
+        flow_L2HW: their flow; None where nothing is warped.
+        later: their numbers, in the same order.
+    """
+    groups: dict[CoreKind, list[int]] = {}
+    for row, schedule in enumerate(schedules):
+        groups.setdefault(CoreKind(row in later, schedule, guidance), []).append(row)
+    outputs: list[tuple[list[int], Tensor]] = []
+    for kind, rows in groups.items():
+        inputs = CoreInputs(take_rows(frames_B3hw, rows), take_rows(latents_BChw, rows))
+        if kind.guided:
+            at = [later.index(row) for row in rows]
+            flow = None if flow_L2HW is None else take_rows(flow_L2HW, at)
+            pictures = previous[at[0]][None] if len(at) == 1 else torch.stack([previous[n] for n in at])
+            inputs = CoreInputs(inputs.frames_B3hw, inputs.latents_BChw, pictures, flow)
+        outputs.append((rows, run(kind, inputs)))
+    if len(outputs) == 1:
+        return outputs[0][1]
+    first = outputs[0][1]
+    result_B3HW = first.new_empty((len(schedules), *first.shape[1:]))
+    for rows, output in outputs:
+        for row, one in zip(rows, output, strict=True):
+            result_B3HW[row] = one
+    return result_B3HW
+
+
+def take_rows(x: Tensor, rows: list[int]) -> Tensor:
+    """Return `x[rows]`, without a copy, and without making a GPU wait for a list of numbers."""
+    if rows == list(range(len(x))):
+        return x
+    return torch.stack([x[row] for row in rows])

@@ -1,0 +1,175 @@
+"""Frames by CUDA graphs, with or without code that torch compiled: the function of `pipeline.frame_core`, recorded.
+
+A recorded frame is started by one call instead of some thousand, and no part of it waits for the processor. Recording
+is done for each size, number of streams and schedule, because a graph has fixed places in memory; the latest few are
+kept. A frame that cannot be recorded, or whose recording gives other pictures than the networks themselves, runs as
+without this backend, with one warning.
+
+Knows: buffers, recording, what is kept. Does not know: streams, flow, noise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from pipeline.autoencoder import TemporalBlock
+from pipeline.frame_core import CoreInputs, CoreKind, FrameCore
+from pipeline.model_source import cache_folder
+
+if TYPE_CHECKING:
+    from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[], Tensor]
+Record = Callable[[Work], tuple[Work, Tensor]]
+"""Takes work on fixed buffers; returns what repeats it, and the tensor that holds its result each time."""
+
+_KEPT: Final = 6
+_WARM_UP: Final = 3  # runs before a recording: cuDNN chooses its kernels, and memory is allocated
+_LEAST_PSNR_DB: Final = 45.0  # of a recording to the networks themselves, for a picture of range 2
+_REGIONS: Final = (ResnetBlock2D, BasicTransformerBlock, TemporalBlock)
+
+
+@dataclass(slots=True)
+class _Recording:
+    buffers: tuple[Tensor, ...]
+    repeat: Work
+    result: Tensor
+
+
+class CapturingBackend:
+    """See `pipeline.backends.Backend`.
+
+    Args:
+        pipe: on a CUDA device; with `compiles`, on any.
+        compiles: let torch compile the blocks of which the networks consist. That takes a minute or more for the first
+            frame of a size; what was compiled is kept on disk (`TORCHINDUCTOR_CACHE_DIR`).
+        record: how work is recorded; None: as a CUDA graph, on devices without them not at all.
+    """
+
+    serves_every_size = False
+
+    def __init__(self, pipe: StreamDiffVSRPipeline, *, compiles: bool = False, record: Record | None = None) -> None:
+        self.name = "compiled" if compiles else "graph"
+        self.dtype = pipe.unet.dtype
+        self._pipe = pipe
+        self._record = record if record is not None else cuda_graph if pipe.device.type == "cuda" else None
+        self._cores: dict[CoreKind, FrameCore] = {}
+        self._recordings: OrderedDict[tuple[object, ...], _Recording | None] = OrderedDict()
+        self._lock = threading.Lock()  # the buffers of a recording serve one caller at a time
+        self._compiled = _compile_regions(pipe) if compiles else []
+
+    def run(self, kind: CoreKind, inputs: CoreInputs) -> Tensor:
+        """Return the outputs (B,3,H,W) in the dtype of the networks."""
+        with self._lock:
+            if kind not in self._cores:
+                self._cores[kind] = FrameCore(self._pipe, kind).eval()
+            core = self._cores[kind]
+            if self._record is None:
+                return core(*inputs.tensors)
+            key = (kind, *((x.shape, x.dtype) for x in inputs.tensors))
+            if key not in self._recordings:
+                self._make_room()
+                self._recordings[key] = self._make(core, inputs)
+            self._recordings.move_to_end(key)
+            recording = self._recordings[key]
+            if recording is None:
+                return core(*inputs.tensors)
+            for buffer, x in zip(recording.buffers, inputs.tensors, strict=True):
+                buffer.copy_(x, non_blocking=True)
+            recording.repeat()
+            return recording.result.clone()
+
+    def forget(self) -> None:
+        """Record anew at the next step."""
+        self.dtype = self._pipe.unet.dtype
+        with self._lock:
+            self._cores.clear()
+            self._recordings.clear()
+
+    def close(self) -> None:
+        """Take compiled code away from the networks, which go on without it."""
+        self.forget()
+        for block in self._compiled:
+            block._compiled_call_impl = None
+        self._compiled = []
+
+    def _make_room(self) -> None:
+        while len(self._recordings) >= _KEPT:
+            self._recordings.popitem(last=False)
+
+    def _make(self, core: FrameCore, inputs: CoreInputs) -> _Recording | None:
+        assert self._record is not None
+        buffers = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs.tensors)
+        try:
+            expected = core(*buffers)
+            repeat, result = self._record(lambda: core(*buffers))
+            repeat()
+            if (reached := psnr_db(result, expected)) < _LEAST_PSNR_DB:
+                raise RuntimeError(f"the recording differs from the networks: {reached:.1f} dB")
+        except RuntimeError as error:  # torch's errors of CUDA and of compilation are RuntimeErrors
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            logger.warning("frames of this size are not recorded, and take longer: %s", str(error).splitlines()[0])
+            return None
+        return _Recording(buffers, repeat, result)
+
+
+def cuda_graph(work: Work) -> tuple[Work, Tensor]:
+    """Record `work` as a CUDA graph.
+
+    Raises:
+        RuntimeError: something in it cannot be recorded: it waits for the device, or takes memory elsewhere.
+    """
+    beside: Any = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(_WARM_UP):
+            work()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def repeat() -> Tensor:
+        graph.replay()
+        return result
+
+    return repeat, result
+
+
+def psnr_db(x: Tensor, reference: Tensor) -> float:
+    """Return the PSNR of pictures in [-1, 1] (range 2); infinite where they are equal, -inf where `x` is not finite."""
+    error = float((x.to(torch.float32) - reference.to(torch.float32)).square().mean())
+    if not math.isfinite(error):
+        return -math.inf
+    return math.inf if error == 0 else 10 * math.log10(4 / error)
+
+
+def _compile_regions(pipe: StreamDiffVSRPipeline) -> list[nn.Module]:
+    """Let torch compile the repeated blocks of the networks; blocks of one shape share what was compiled."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 256)  # one form for each width and size of a block
+    blocks = [
+        module
+        for network in (pipe.unet, pipe.controlnet, pipe.vae)
+        for module in network.modules()
+        if isinstance(module, _REGIONS)
+    ]
+    for block in blocks:
+        block.compile(dynamic=False)
+    return blocks

@@ -1,0 +1,230 @@
+"""Frames by OpenVINO on a CPU: the networks of `pipeline.frame_core`, converted once for every size of frame.
+
+Knows: how the networks are traced so that they hold for every size, where the converted forms are kept, and how they
+are run. Does not know: batches (on a CPU they gain nothing; streams run one after the other, so that none depends on
+its neighbours).
+
+The networks of the pipeline stay in fp32, and so does the state; the number format of the arithmetic is OpenVINO's. The
+warp and the steps of the schedule are left to torch: they need fp32 whatever the networks compute in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+import logging
+import os
+import shutil
+import sys
+import threading
+import warnings
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.frame_core import CoreInputs, CoreKind, FrameCore
+from pipeline.model_source import cache_folder
+from pipeline.schedule import Schedule
+
+if TYPE_CHECKING:
+    from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+
+logger = logging.getLogger(__name__)
+
+_PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# A size that no network level divides: so its layers are traced in the form that asks for sizes instead of knowing them
+_TRACED_SIDES: Final = (19, 21)
+
+
+class OpenVINOBackend:
+    """See `pipeline.backends.Backend`.
+
+    Args:
+        pipe: on the CPU.
+        dtype: of the arithmetic. Weights are rounded to it when they are used, not before.
+    """
+
+    name = "openvino"
+    serves_every_size = True
+
+    def __init__(self, pipe: StreamDiffVSRPipeline, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._pipe = pipe
+        self._parts = _Parts(pipe, dtype)
+        self._cores: dict[CoreKind, _OpenVINOCore] = {}
+        self._lock = threading.Lock()  # what runs a part serves one caller at a time
+
+    def run(self, kind: CoreKind, inputs: CoreInputs) -> Tensor:
+        """Return the outputs (B,3,H,W) as fp32, stream after stream."""
+        with self._lock:
+            if kind not in self._cores:
+                self._cores[kind] = _OpenVINOCore(self._pipe, kind, self._parts)
+            core = self._cores[kind]
+            rows = range(len(inputs.frames_B3hw))
+            return torch.cat([core(*(x[row : row + 1] for x in inputs.tensors)) for row in rows]).to(torch.float32)
+
+    def forget(self) -> None:
+        """Convert anew at the next step."""
+        with self._lock:
+            self._cores.clear()
+            self._parts = _Parts(self._pipe, self.dtype)
+
+    def close(self) -> None:
+        """Drop what was compiled."""
+        self.forget()
+
+
+class _OpenVINOCore(FrameCore):
+    """The function, its networks run by OpenVINO."""
+
+    def __init__(self, pipe: StreamDiffVSRPipeline, kind: CoreKind, parts: _Parts) -> None:
+        super().__init__(pipe, kind)
+        self._parts = parts
+
+    def embed(self, warped_B3HW: Tensor) -> Tensor:
+        return self._parts.run("embed", (warped_B3HW,))
+
+    def predict(self, x_BChw: Tensor, timestep_B: Tensor, condition_BChw: Tensor | None) -> Tensor:
+        if condition_BChw is None:
+            return self._parts.run("predict", (x_BChw, timestep_B))
+        return self._parts.run("predict_guided", (x_BChw, timestep_B, condition_BChw))
+
+    def decode(self, latents_BChw: Tensor, seen_B3HW: Tensor | None) -> Tensor:
+        if seen_B3HW is None:
+            return self._parts.run("decode", (latents_BChw,))
+        return self._parts.run("decode_temporal", (latents_BChw, seen_B3HW))
+
+
+class _Parts:
+    """The networks in OpenVINO's form, each converted and compiled when it is first needed."""
+
+    def __init__(self, pipe: StreamDiffVSRPipeline, dtype: torch.dtype) -> None:
+        self._pipe = pipe
+        self._precision = _PRECISIONS[dtype]
+        self._requests: dict[tuple[str, int], Any] = {}
+
+    def run(self, name: str, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return what a part makes of its inputs, by as many threads as torch has now."""
+        key = (name, torch.get_num_threads())
+        if key not in self._requests:
+            self._requests[key] = self._compile(name, tensors)
+        inputs = [(x.to(torch.float32) if x.is_floating_point() else x).contiguous().numpy() for x in tensors]
+        results = self._requests[key].infer(inputs, share_inputs=True)
+        return torch.from_numpy(results[0].copy())  # the request writes to the same place again
+
+    def _compile(self, name: str, tensors: tuple[Tensor, ...]) -> Any:
+        # For every size: a form for one size is hardly faster (8 % at 160x120), and a stream of another size would have
+        # all others wait for a second.
+        compiled = _core().compile_model(
+            self._converted(name, tensors),
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": self._precision,
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "NUM_STREAMS": 1,
+                "PERFORMANCE_HINT": "LATENCY",
+                "ENABLE_CPU_PINNING": False,  # two workers on one machine would share a core, and leave another idle
+            },
+        )
+        return compiled.create_infer_request()
+
+    def _converted(self, name: str, tensors: tuple[Tensor, ...]) -> Any:
+        """Return a part in OpenVINO's form: read from the cache, or traced and kept there."""
+        place = cache_folder() / "openvino" / self._identity(name)
+        with contextlib.suppress(RuntimeError, OSError):  # nothing there, or nothing that can be read
+            return _core().read_model(place / "model.xml")
+        core = FrameCore(self._pipe, CoreKind(True, Schedule((), ()), self._pipe.guidance)).eval()
+        if self._pipe.unet.dtype != torch.float32:
+            core = copy.deepcopy(core).to(torch.float32)
+        pictures = [x for x in tensors if x.ndim == 4]
+        smallest = min(x.shape[2] for x in pictures)  # the latent's height; others are multiples of it
+        examples, shapes = [], []
+        for x in tensors:
+            if x.ndim == 4:
+                sides = [side * x.shape[2] // smallest for side in _TRACED_SIDES]
+                examples.append(torch.zeros(1, x.shape[1], *sides))
+                shapes.append([1, x.shape[1], -1, -1])
+            else:
+                examples.append(x.clone())
+                shapes.append(list(x.shape))
+        model = _convert_quietly(_Part(core, name), tuple(examples), shapes)
+        _keep(model, place)
+        return model
+
+    def _identity(self, name: str) -> str:
+        """Return a hash over all that a converted form depends on."""
+        pipe = self._pipe
+        versions = (_openvino().__version__, torch.__version__, _own_code())
+        parts = (pipe.model_sha256, str(pipe.unet.dtype), name, *versions)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+class _Part(nn.Module):
+    """One method of a core as a module; its last input may be missing."""
+
+    def __init__(self, core: FrameCore, name: str) -> None:
+        super().__init__()
+        self._owner = core
+        self._name = name
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        match self._name:
+            case "embed":
+                return self._owner.embed(*tensors)
+            case "predict" | "predict_guided":
+                return self._owner.predict(*tensors, *[None] * (3 - len(tensors)))
+            case _:
+                return self._owner.decode(*tensors, *[None] * (2 - len(tensors)))
+
+
+@cache
+def _openvino() -> Any:
+    """Return the package, imported without the part that reports its use to its makers.
+
+    Without it OpenVINO takes a stub of its own. Nobody who restores an archive has agreed to be reported.
+    """
+    sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))  # importing it now raises ImportError
+    import openvino
+
+    return openvino
+
+
+@cache
+def _core() -> Any:
+    return _openvino().Core()
+
+
+@cache
+def _own_code() -> str:
+    """Return a hash of this package's code: the traced functions are made of it."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _convert_quietly(part: nn.Module, examples: tuple[Tensor, ...], shapes: list[list[int]]) -> Any:
+    """Trace and convert; what tracing warns of (sizes that became constants) does not hold for the traced size."""
+    with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(part, examples, check_trace=False, strict=False)
+        return _openvino().convert_model(traced, example_input=examples, input=shapes)
+
+
+def _keep(model: Any, place: Path) -> None:
+    """Write the converted form so that a reader sees all of it or nothing; a cache that cannot be written is none."""
+    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        _openvino().save_model(model, partial / "model.xml", compress_to_fp16=False)
+        partial.rename(place)
+    except (OSError, RuntimeError) as error:
+        logger.info("the converted model is not kept: %s", error)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
