@@ -132,7 +132,7 @@ def run_groups(
         if kind.guided:
             at = [later.index(row) for row in rows]
             flow = None if flow_L2HW is None else take_rows(flow_L2HW, at)
-            pictures = previous[at[0]][None] if len(at) == 1 else torch.stack([previous[n] for n in at])
+            pictures = previous[at[0]].unsqueeze(0) if len(at) == 1 else torch.stack([previous[n] for n in at])
             inputs = CoreInputs(inputs.frames_B3hw, inputs.latents_BChw, pictures, flow)
         outputs.append((rows, run(kind, inputs)))
     if len(outputs) == 1:
@@ -149,4 +149,4 @@ def take_rows(x: Tensor, rows: list[int]) -> Tensor:
     """Return `x[rows]`, without a copy, and without making a GPU wait for a list of numbers."""
     if rows == list(range(len(x))):
         return x
-    return torch.stack([x[row] for row in rows])
+    return torch.stack([x.select(0, row) for row in rows])

@@ -114,7 +114,7 @@ class FrameCore(nn.Module):
             estimate_BChw = self.vae.lr_projection(frames_B3hw.to(dtype)).to(torch.float32)
         for number, roots in enumerate(self.roots):
             x_BChw = torch.cat([latents_BChw, frames_B3hw], dim=1).to(dtype)
-            timestep_B = self.timesteps[number].expand(frames_B3hw.shape[0])
+            timestep_B = self.timesteps.narrow(0, number, 1).expand(frames_B3hw.shape[0])
             output_BChw = self.predict(x_BChw, timestep_B, condition_BChw).to(torch.float32)
             if estimate_BChw is not None:
                 output_BChw = output_BChw + estimate_BChw

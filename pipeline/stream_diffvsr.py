@@ -36,6 +36,7 @@ from pipeline.memory import Tiler
 from pipeline.noise import NoiseCache, frame_noise
 from pipeline.options import Guidance, ModelOptions
 from pipeline.preconditions import CALLBACK_TENSORS, MINIMUM_SIDE, require_fit, require_inputs
+from pipeline.prompt_attention import attend_to_constant_prompt
 from pipeline.schedule import Schedule, ddim_step, make_schedule
 from pipeline.state import StreamState
 from pipeline.tiling import Past, TilePlan, Window, decode_in_tiles, embed_in_tiles, flow_in_tiles, predict_in_tiles
@@ -109,6 +110,8 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         self._tiler = Tiler()
         self._backend: Backend | None = None
         self._noise = NoiseCache()
+        self._known_schedules: dict[int | None, Schedule] = {}
+        self._prompt_attention = attend_to_constant_prompt((unet, controlnet))
 
     @classmethod
     def from_pretrained(
@@ -188,6 +191,8 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
                 # convolutions of few channels on large pictures run up to three times as fast this way
                 network.to(memory_format=torch.channels_last)
         self.prompt_embeds_1TD = self.prompt_embeds_1TD.to(self.device)
+        for attention in self._prompt_attention:
+            attention.forget()
         self.flow.to(self.device)
         if self._backend is not None:
             if self.device.type != before:
@@ -324,7 +329,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
                 estimate = self.flow if side is None else partial(flow_in_tiles, self.flow, side=side)
                 flow_L2HW = estimate(take_rows(frames_B3hw, later), previous_L3hw).to(device)
             else:
-                flow_L2HW = flow_B2HW[later].to(device, torch.float32)
+                flow_L2HW = take_rows(flow_B2HW, later).to(device, torch.float32)
             past = Past(past.pictures, self.options.warp, flow_L2HW)
 
         # 3. Draw the initial latents
@@ -398,7 +403,12 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
                 code="steps-count",
                 remedy="Give one number for all streams, or one for each.",
             )
-        return [make_schedule(self.scheduler, count, self.options.schedules) for count in per_stream]
+        return [self._schedule(count) for count in per_stream]
+
+    def _schedule(self, steps: int | None) -> Schedule:
+        if steps not in self._known_schedules:
+            self._known_schedules[steps] = make_schedule(self.scheduler, steps, self.options.schedules)
+        return self._known_schedules[steps]
 
     def _initial_latents(self, frames_B3hw: Tensor, states: Sequence[StreamState], noise_B4HW: Tensor | None) -> Tensor:
         """Return the latents (B,C,h,w) that denoising starts from, fp32."""

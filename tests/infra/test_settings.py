@@ -97,3 +97,14 @@ def test_the_encoders_choices_are_those_of_the_encoder() -> None:
 
 def test_every_setting_is_described() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_exact_runs_take_the_reference() -> None:
+    chosen = Settings(exact=True, backend="openvino", dtype="bf16", threads=4, slots=2).in_effect()
+    assert (chosen.backend, chosen.dtype, chosen.threads, chosen.slots) == ("eager", "fp32", 1, 1)
+
+
+def test_the_backends_are_those_of_the_engine() -> None:
+    from pipeline.backends import BACKENDS
+
+    assert typing.get_args(module.Backend) == BACKENDS

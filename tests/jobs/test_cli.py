@@ -21,7 +21,8 @@ from pipeline.video_errors import DestinationError, EncodeError, UnreadableVideo
 SURFACE = {
     "upriver": ["--version"],
     "upriver restore": [
-        "SRC", "DST", "--model", "--steps", "--seed", "--device", "--dtype", "--backend", "--flow", "--scale", "--height", "--codec",
+        "SRC", "DST", "--model", "--steps", "--seed", "--device", "--dtype", "--backend", "--flow", "--scale",
+        "--height", "--codec",
         "--crf", "--preset", "--pix-fmt", "--fragmented", "--no-fragmented", "--framemd5", "--no-framemd5", "--hls",
         "--deinterlace", "--cuts", "--no-cuts", "--compare", "--truth", "--overwrite",
         "--retry-failed", "--keep", "--segment-seconds", "--split-seconds", "--warm-up-frames", "--exact", "--no-exact",
@@ -34,8 +35,8 @@ SURFACE = {
     "upriver verify": ["SRC", "DST", "--scale", "--height", "--json", "--debug"],
     "upriver doctor": ["--model", "--device", "--dtype", "--backend", "--flow", "--config", "--json", "--debug"],
     "upriver bench": [
-        "--model", "--steps", "--device", "--dtype", "--backend", "--flow", "--threads", "--size", "--frames", "--config", "--json",
-        "--debug",
+        "--model", "--steps", "--device", "--dtype", "--backend", "--flow", "--threads", "--size", "--frames",
+        "--config", "--json", "--debug",
     ],
     "upriver serve": [],
     "upriver predictor": [],

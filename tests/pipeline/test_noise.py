@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.noise import frame_noise, inverse_normal, philox4x32
+from pipeline.noise import NoiseCache, _tail, frame_noise, inverse_normal, philox4x32
 
 
 def words(*values: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,3 +108,26 @@ def test_the_gpu_draws_the_same_bits() -> None:
 def test_out_of_range(seed: int, index: int) -> None:
     with pytest.raises(ValueError, match=str(seed)):
         frame_noise((1, 2, 2), seed=seed, index=index)
+
+
+def test_computing_the_tail_everywhere_changes_no_bit() -> None:
+    """On a GPU all elements go through the tail's approximation, and those in the centre are put back."""
+    p = (torch.arange(1, 4096, dtype=torch.float64) / 4096).clone()
+    q = p - 0.5
+    wanted = inverse_normal(p.clone())
+    tail = q.abs() > 0.425
+    assert torch.equal(torch.where(tail, _tail(p, q), wanted), wanted)
+
+
+def test_drawn_noise_is_kept_within_a_limit() -> None:
+    cpu = torch.device("cpu")
+    cache = NoiseCache(limit_bytes=3 * 4 * 8 * 8 * 4)
+    first = cache.draw((4, 8, 8), seed=1, index=0, device=cpu)
+    assert torch.equal(first, frame_noise((4, 8, 8), seed=1, index=0))
+    assert cache.draw((4, 8, 8), seed=1, index=0, device=cpu) is first
+    for seed in (2, 3):
+        cache.draw((4, 8, 8), seed=seed, index=0, device=cpu)
+    assert cache.draw((4, 8, 8), seed=1, index=0, device=cpu) is first
+    cache.draw((4, 8, 8), seed=4, index=0, device=cpu)
+    assert cache.draw((4, 8, 8), seed=1, index=0, device=cpu) is first  # 2 was used longest ago
+    assert not torch.equal(cache.draw((4, 8, 8), seed=2, index=0, device=cpu), first)
