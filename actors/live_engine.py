@@ -136,7 +136,7 @@ class LiveEngine:
             return
         began = time.perf_counter()
         try:
-            frames_B3HW = torch.cat([frame_to_tensor(request.rgb_HWC) for request in batch])
+            frames_B3HW = torch.cat([frame_to_tensor(request.rgb_HWC, self.pipe.device) for request in batch])
             output_B3HW = self.pipe.step(
                 frames_B3HW, [request.state for request in batch], steps=[request.steps for request in batch]
             )

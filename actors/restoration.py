@@ -236,7 +236,7 @@ class Restoration:
             yield Advance(done, self._done.popleft())
 
     def _step(self, rgb_HWC: Picture) -> Picture:
-        output_13HW = self._step_model(frame_to_tensor(rgb_HWC), self._state, self._options["steps"])
+        output_13HW = self._step_model(frame_to_tensor(rgb_HWC, self._pipe.device), self._state, self._options["steps"])
         picture: Picture = tensor_to_frame(output_13HW[0], rgb_HWC.dtype)  # type: ignore[assignment]  # its own type
         return picture
 

@@ -385,7 +385,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             if shrink_like_original:
                 frame_HWC = shrink_to_multiple_of_4(frame_HWC)
             output_B3HW = self.step(
-                frame_to_tensor(frame_HWC),
+                frame_to_tensor(frame_HWC, self.device),
                 [state],
                 steps=steps,
                 callback_on_step_end=callback_on_step_end,
