@@ -2,7 +2,7 @@
 
 A recorded frame is started by one call instead of some thousand, and no part of it waits for the processor. Recording
 is done for each size, number of streams and schedule, because a graph has fixed places in memory; the latest few are
-kept. A frame that cannot be recorded, or whose recording gives other pictures than the networks themselves, runs as
+kept. The first frames of a kind run without: a recording costs some frames' time, and first frames of shots are rare. A frame that cannot be recorded, or whose recording gives other pictures than the networks themselves, runs as
 without this backend, with one warning.
 
 Knows: buffers, recording, what is kept. Does not know: streams, flow, noise.
@@ -17,6 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -38,6 +39,7 @@ Record = Callable[[Work], tuple[Work, Tensor]]
 """Takes work on fixed buffers; returns what repeats it, and the tensor that holds its result each time."""
 
 _KEPT: Final = 6
+_RECORDED_FROM: Final = 3  # frame of its kind and size from which on a recording pays
 _WARM_UP: Final = 3  # runs before a recording: cuDNN chooses its kernels, and memory is allocated
 _LEAST_PSNR_DB: Final = 45.0  # of a recording to the networks themselves, for a picture of range 2
 _REGIONS: Final = (ResnetBlock2D, BasicTransformerBlock, TemporalBlock)
@@ -58,15 +60,28 @@ class CapturingBackend:
         compiles: let torch compile the blocks of which the networks consist. That takes a minute or more for the first
             frame of a size; what was compiled is kept on disk (`TORCHINDUCTOR_CACHE_DIR`).
         record: how work is recorded; None: as a CUDA graph, on devices without them not at all.
+        recorded_from: which frame of a kind and size is the first that is recorded.
     """
 
     serves_every_size = False
 
-    def __init__(self, pipe: StreamDiffVSRPipeline, *, compiles: bool = False, record: Record | None = None) -> None:
+    def __init__(
+        self,
+        pipe: StreamDiffVSRPipeline,
+        *,
+        compiles: bool = False,
+        record: Record | None = None,
+        recorded_from: int = _RECORDED_FROM,
+    ) -> None:
         self.name = "compiled" if compiles else "graph"
         self.dtype = pipe.unet.dtype
         self._pipe = pipe
-        self._record = record if record is not None else cuda_graph if pipe.device.type == "cuda" else None
+        self._record = record
+        if record is None and pipe.device.type == "cuda":
+            # One pool for all: no recording reads what another left behind, so they may take turns in one place.
+            self._record = partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
+        self._recorded_from = recorded_from
+        self._seen: dict[tuple[object, ...], int] = {}
         self._cores: dict[CoreKind, FrameCore] = {}
         self._recordings: OrderedDict[tuple[object, ...], _Recording | None] = OrderedDict()
         self._lock = threading.Lock()  # the buffers of a recording serve one caller at a time
@@ -82,6 +97,9 @@ class CapturingBackend:
                 return core(*inputs.tensors)
             key = (kind, *((x.shape, x.dtype) for x in inputs.tensors))
             if key not in self._recordings:
+                self._seen[key] = self._seen.get(key, 0) + 1
+                if self._seen[key] < self._recorded_from:
+                    return core(*inputs.tensors)
                 self._make_room()
                 self._recordings[key] = self._make(core, inputs)
             self._recordings.move_to_end(key)
@@ -99,6 +117,7 @@ class CapturingBackend:
         with self._lock:
             self._cores.clear()
             self._recordings.clear()
+            self._seen.clear()
 
     def close(self) -> None:
         """Take compiled code away from the networks, which go on without it."""
@@ -109,7 +128,7 @@ class CapturingBackend:
 
     def _make_room(self) -> None:
         while len(self._recordings) >= _KEPT:
-            self._recordings.popitem(last=False)
+            del self._seen[self._recordings.popitem(last=False)[0]]
 
     def _make(self, core: FrameCore, inputs: CoreInputs) -> _Recording | None:
         assert self._record is not None
@@ -128,8 +147,11 @@ class CapturingBackend:
         return _Recording(buffers, repeat, result)
 
 
-def cuda_graph(work: Work) -> tuple[Work, Tensor]:
+def cuda_graph(work: Work, *, pool: Any = None) -> tuple[Work, Tensor]:
     """Record `work` as a CUDA graph.
+
+    Args:
+        pool: of memory, shared with other graphs; None takes one of its own.
 
     Raises:
         RuntimeError: something in it cannot be recorded: it waits for the device, or takes memory elsewhere.
@@ -140,8 +162,9 @@ def cuda_graph(work: Work) -> tuple[Work, Tensor]:
         for _ in range(_WARM_UP):
             work()
     torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.empty_cache()  # what the warm-up took would stay beside the graph's own memory
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         result = work()
 
     def repeat() -> Tensor:

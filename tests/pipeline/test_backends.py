@@ -76,7 +76,7 @@ def replaying(work: Work) -> tuple[Work, Tensor]:
 
 
 def capture(pipe: StreamDiffVSRPipeline, record: Record | None = replaying) -> CapturingBackend:
-    pipe._backend = CapturingBackend(pipe, record=record)
+    pipe._backend = CapturingBackend(pipe, record=record, recorded_from=1)
     return pipe._backend
 
 
@@ -205,6 +205,20 @@ def test_recordings_are_made_once_and_few_are_kept(pipe: StreamDiffVSRPipeline) 
     pipe.to(torch.float32)
     pipe.step(clip(1)[0], [pipe.start()])
     assert len(made) == 11  # the networks may have changed
+
+
+def test_what_comes_once_or_twice_is_not_recorded(pipe: StreamDiffVSRPipeline) -> None:
+    made: list[int] = []
+
+    def record(work: Work) -> tuple[Work, Tensor]:
+        made.append(1)
+        return replaying(work)
+
+    frames = clip(6)
+    wanted = restore(pipe, frames)
+    pipe._backend = CapturingBackend(pipe, record=record)
+    assert worst_db(restore(pipe, frames), wanted) > 110
+    assert len(made) == 1  # of later frames; there was one first frame
 
 
 def test_what_cannot_be_recorded_runs_without(pipe: StreamDiffVSRPipeline, caplog: pytest.LogCaptureFixture) -> None:
