@@ -2,7 +2,8 @@
 
 A recorded frame is started by one call instead of some thousand, and no part of it waits for the processor. Recording
 is done for each size, number of streams and schedule, because a graph has fixed places in memory; the latest few are
-kept. The first frames of a kind run without: a recording costs some frames' time, and first frames of shots are rare. A frame that cannot be recorded, or whose recording gives other pictures than the networks themselves, runs as
+kept. The first frames of a kind run without: a recording costs the time of some frames, and the first frames of shots
+are rare. A frame that cannot be recorded, or whose recording gives other pictures than the networks themselves, runs as
 without this backend, with one warning.
 
 Knows: buffers, recording, what is kept. Does not know: streams, flow, noise.
