@@ -37,7 +37,8 @@ def encoder_options(options: Mapping[str, Any]) -> EncoderOptions:
     Raises:
         ActorsError: a value that the codec does not have.
     """
-    asked = {name: options[name] for name in ("codec", "crf", "preset", "pix_fmt") if options[name] is not None}
+    named = ("codec", "crf", "preset", "pix_fmt", "encoder")
+    asked = {name: options[name] for name in named if options.get(name) is not None}
     try:
         return EncoderOptions(**asked)
     except ValidationError as error:

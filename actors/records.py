@@ -26,6 +26,7 @@ class RowOptions(TypedDict):
     crf: int | None
     preset: str
     pix_fmt: str
+    encoder: NotRequired[str]
     fragmented: NotRequired[bool]  # an MP4 or MOV in fragments
 
 

@@ -81,6 +81,9 @@ class Settings(LayeredSettings):
     codec: Codec | None = Field(default=None, description="video codec; none: by the container and the bit depth")
     crf: int | None = Field(default=None, ge=0, le=63, description="quality of the codec, lower is better")
     preset: Preset = Field(default="medium", description="speed of the encoder")
+    encoder: Literal["software", "nvenc"] = Field(
+        default="software", description="who encodes: libraries on the CPU, or an NVIDIA GPU"
+    )
     pix_fmt: PixelFormat = Field(default="auto", description="pixel format; auto: as close to the source as possible")
     fragmented: bool = Field(default=False, description="write MP4 and MOV in fragments, which play while they come")
     framemd5: bool = Field(default=False, description="beside each result the checksums of its pictures")
@@ -135,7 +138,9 @@ class Settings(LayeredSettings):
         """Return the settings as they are used: `exact` decides what would change bits, whatever else is said."""
         if not self.exact:
             return self
-        return self.model_copy(update={"backend": "eager", "dtype": "fp32", "threads": 1, "slots": 1})
+        return self.model_copy(
+            update={"backend": "eager", "encoder": "software", "dtype": "fp32", "threads": 1, "slots": 1}
+        )
 
 
 def ladder_heights(text: str | None) -> tuple[int, ...]:

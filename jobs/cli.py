@@ -109,6 +109,10 @@ def restore(
         | None,
         typer.Option(help="Speed of the encoder. [default: medium]", show_default=False),
     ] = None,
+    encoder: Annotated[
+        Literal["software", "nvenc"] | None,
+        typer.Option(help="Who encodes: the CPU, or an NVIDIA GPU. [default: software]", show_default=False),
+    ] = None,
     pix_fmt: Annotated[
         Literal[
             "auto",
@@ -282,6 +286,7 @@ def restore(
         "model": model, "steps": steps, "seed": seed, "device": device, "dtype": dtype, "backend": backend,
         "flow": flow,
         "scale": scale, "height": height, "codec": codec, "crf": crf, "preset": preset, "pix_fmt": pix_fmt,
+        "encoder": encoder,
         "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,
         "segment_seconds": segment_seconds, "split_seconds": split_seconds, "warm_up_frames": warm_up_frames,
         "exact": exact, "slots": slots, "memory_gb": memory_gb, "min_actors": min_actors,

@@ -85,6 +85,8 @@ def plan_options(settings: Settings) -> PlanOptions:
         preset=settings.preset,
         pix_fmt=settings.pix_fmt,
     )
+    if settings.encoder != "software":
+        row["encoder"] = settings.encoder
     if settings.fragmented:
         row["fragmented"] = True
     return PlanOptions(
@@ -104,9 +106,9 @@ def _numerics(settings: Settings) -> str:
     """What changes pixels beside the options, as far as runs are told apart by it."""
     named = f"{settings.dtype}/{settings.flow}"
     if not settings.exact:
-        return (
-            f"{settings.backend}/{named}"  # whatever the memory: a job must be able to go on where there is less of it
-        )
+        if settings.backend != "auto":
+            named = f"{named}/{settings.backend}"
+        return named  # whatever the memory: a job must be able to go on where there is less of it
     tiles = "" if settings.memory_gb is None else f"/{settings.memory_gb:g} GB"
     return f"{named}/exact{tiles}"
 

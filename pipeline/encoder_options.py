@@ -23,12 +23,21 @@ from pipeline.video_probe import ContentLight, MasteringDisplay, VideoInfo
 
 Codec = Literal["h264", "hevc", "av1", "vp9", "ffv1", "prores"]
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
+Encoder = Literal["software", "nvenc"]
 PixelFormat = Literal["auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10", "yuv422p10", "yuv444p10"]
 
 _ENCODERS: dict[str, str] = {
     "h264": "libx264", "hevc": "libx265", "av1": "libsvtav1",
     "vp9": "libvpx-vp9", "ffv1": "ffv1", "prores": "prores_ks",
 }  # fmt: skip
+# NVIDIA's encoder on the GPU, and what it takes; it knows ten bits as p010le.
+_NVENC = {"h264": "h264_nvenc", "hevc": "hevc_nvenc", "av1": "av1_nvenc"}
+_NVENC_PIX_FMTS = {
+    "h264": {"yuv420p", "yuv444p"},
+    "hevc": {"yuv420p", "yuv444p", "yuv420p10le"},
+    "av1": {"yuv420p", "yuv420p10le"},
+}
+_NVENC_PRESETS = ("p1", "p1", "p2", "p3", "p4", "p5", "p6", "p7", "p7")
 # Visually transparent or nearly so, on the scale of each encoder.
 DEFAULT_CRF = {"h264": 16, "hevc": 18, "av1": 22, "vp9": 20}
 _MAX_CRF = {"h264": 51, "hevc": 51, "av1": 63, "vp9": 63}
@@ -65,8 +74,9 @@ class EncoderOptions(BaseModel):
 
     `codec` None takes VP9 for WebM, else H.265 for sources deeper than 8 bits and H.264 for the rest. `crf` None takes
     a nearly transparent quality; it has no meaning for the lossless FFV1 and for ProRes. `pix_fmt` "auto" keeps the
-    source's chroma sampling and depth as far as the codec can. `threads` is part of the result (x264 and x265 give
-    other bytes for other counts). `bit_exact` keeps versions and random identifiers out of the file.
+    source's chroma sampling and depth as far as the codec can. `encoder` "nvenc" encodes on an NVIDIA GPU, whose scale
+    of quality is its own. `threads` is part of the result (x264 and x265 give other bytes for other counts).
+    `bit_exact` keeps versions and random identifiers out of the file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,6 +85,7 @@ class EncoderOptions(BaseModel):
     crf: int | None = Field(default=None, ge=0, le=63)
     preset: Preset = "medium"
     pix_fmt: PixelFormat = "auto"
+    encoder: Encoder = "software"
     threads: int = Field(default=2, ge=1, le=64)
     bit_exact: bool = False
 
@@ -118,6 +129,10 @@ def resolve(options: EncoderOptions, source: VideoInfo, container: str, width: i
             f"{container} files do not hold {codec} here.",
             remedy=f"Choose {' or '.join(sorted(_CONTAINER_CODECS[container]))}, or write .mkv.",
         )
+    if options.encoder == "nvenc" and codec not in _NVENC:
+        raise UnsupportedOutput(
+            f"NVENC does not encode {codec}.", remedy=f"Choose {', '.join(_NVENC)}, or --encoder software."
+        )
     warnings: list[str] = []
     pix_fmt = _pixel_format(options, source, codec, width, height, warnings)
     if codec in _EVEN_ONLY and "444" not in pix_fmt and (width % 2 or (height % 2 and "420" in pix_fmt)):
@@ -131,6 +146,15 @@ def resolve(options: EncoderOptions, source: VideoInfo, container: str, width: i
     if codec == "prores" and colour_range == RANGE_FULL:
         colour_range = RANGE_LIMITED
         warnings.append("ProRes has no full range: the code values were converted to limited range")
+    if options.encoder == "nvenc":
+        return EncoderSettings(
+            codec,
+            _NVENC[codec],
+            "p010le" if pix_fmt == "yuv420p10le" else pix_fmt,
+            colour_range,
+            _nvenc_options(codec, options, source, warnings),
+            tuple(warnings),
+        )
     settings = _codec_options(codec, options, source, min(width, height), warnings)
     if container == "mpegts" and _starts_early(source):
         # The first decoding time would lie before zero, which MPEG-TS cannot say: libav would shift every stamp.
@@ -158,7 +182,7 @@ def resolve_codec(options: EncoderOptions, source: VideoInfo, container: str) ->
 def _pixel_format(
     options: EncoderOptions, source: VideoInfo, codec: Codec, width: int, height: int, warnings: list[str]
 ) -> str:
-    allowed = _encodable(codec)
+    allowed = _encodable(codec) if options.encoder == "software" else frozenset(_NVENC_PIX_FMTS[codec])
     if options.pix_fmt != "auto":
         wanted = options.pix_fmt + "le" if options.pix_fmt.endswith("10") else options.pix_fmt
         if wanted not in allowed:
@@ -224,6 +248,17 @@ def _codec_options(
     if codec == "ffv1":
         return {"level": "3", "slicecrc": "1", "slices": "4", "threads": threads}
     return {"profile": "4" if _sampling(source.pix_fmt) == "444" else "3", "vendor": "apl0", "threads": threads}
+
+
+def _nvenc_options(codec: Codec, options: EncoderOptions, source: VideoInfo, warnings: list[str]) -> dict[str, str]:
+    """Constant quality on NVENC's scale, without reordering: a segment's decoding times begin where it does."""
+    crf = options.crf if options.crf is not None else DEFAULT_CRF[codec]
+    if crf > _MAX_CRF[codec]:
+        raise UnsupportedOutput(f"crf {crf} is above the {_MAX_CRF[codec]} of {codec}.", remedy="Choose a smaller crf.")
+    if source.mastering or source.content_light:
+        warnings.append("NVENC writes no HDR mastering data; use --encoder software to keep it")
+    preset = _NVENC_PRESETS[_PRESETS.index(options.preset)]
+    return {"preset": preset, "tune": "hq", "rc": "vbr", "cq": str(crf), "b": "0", "bf": "0", "forced-idr": "1"}
 
 
 def _x264_extras(source: VideoInfo) -> dict[str, str]:

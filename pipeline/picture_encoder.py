@@ -102,6 +102,13 @@ class PictureEncoder:
         self._durations: dict[int, int] = {}
         self._stream: Any = None
 
+    @property
+    def remedy(self) -> str | None:
+        """What to do if the encoder itself cannot be had; None: it comes with the program."""
+        if self._options.encoder == "software":
+            return None
+        return "This machine may have no NVIDIA GPU that encodes this: use --encoder software."
+
     def add_stream(self, output: av.container.OutputContainer, extra: Mapping[str, str] | None = None) -> Any:
         """Add the video stream to `output`; the encoder is opened when the output's header is written.
 
@@ -153,7 +160,7 @@ class PictureEncoder:
         except (av.FFmpegError, ValueError) as error:
             raise EncodeError(
                 f"The picture at {float(frame.pts * frame.time_base):.3f} s could not be encoded ({error}).",
-                remedy="Try another codec or container.",
+                remedy=self.remedy or "Try another codec or container.",
             ) from error
 
     def flush(self) -> list[Any]:

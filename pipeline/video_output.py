@@ -107,7 +107,8 @@ class VideoOutput:
             output.start_encoding()
         except (av.FFmpegError, ValueError) as error:
             raise EncodeError(
-                f"{self.path.name} could not be started ({error}).", remedy="Write .mkv, which holds most streams."
+                f"{self.path.name} could not be started ({error}).",
+                remedy=encoder.remedy or "Write .mkv, which holds most streams.",
             ) from error
         return video
 

@@ -23,7 +23,8 @@ SURFACE = {
     "upriver restore": [
         "SRC", "DST", "--model", "--steps", "--seed", "--device", "--dtype", "--backend", "--flow", "--scale",
         "--height", "--codec",
-        "--crf", "--preset", "--pix-fmt", "--fragmented", "--no-fragmented", "--framemd5", "--no-framemd5", "--hls",
+        "--crf", "--preset", "--encoder",
+        "--pix-fmt", "--fragmented", "--no-fragmented", "--framemd5", "--no-framemd5", "--hls",
         "--deinterlace", "--cuts", "--no-cuts", "--compare", "--truth", "--overwrite",
         "--retry-failed", "--keep", "--segment-seconds", "--split-seconds", "--warm-up-frames", "--exact", "--no-exact",
         "--slots", "--memory-gb", "--actors", "--min-actors", "--threads", "--plan-only", "--plan", "--limit",

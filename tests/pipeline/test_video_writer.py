@@ -10,8 +10,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
+from pipeline.encoder_options import resolve
 from pipeline.video import (
     DestinationError,
     EncodeError,
@@ -100,6 +102,9 @@ def test_destinations_that_are_refused(files: dict[str, Path], tmp_path: Path) -
         ("out.mp4", {}, (97, 65), "even sizes"),
         ("out.mkv", {"codec": "av1", "pix_fmt": "yuv444p"}, None, "does not encode yuv444p"),
         ("out.mkv", {"crf": 60}, None, "crf 60 is above"),
+        ("out.mkv", {"crf": 60, "encoder": "nvenc"}, None, "crf 60 is above"),
+        ("out.webm", {"encoder": "nvenc"}, None, "NVENC does not encode vp9"),
+        ("out.mkv", {"encoder": "nvenc", "pix_fmt": "yuv422p"}, None, "does not encode yuv422p"),
     ],
 )
 def test_choices_that_contradict_each_other(
@@ -122,10 +127,45 @@ def test_encoder_options_are_a_closed_set() -> None:
         {"crf": -1},
         {"preset": "placebo"},
         {"pix_fmt": "rgb24"},
+        {"encoder": "vaapi"},
         {"x264_params": "qp=0"},
     ):
         with pytest.raises(ValidationError):
             EncoderOptions(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "encoder", "layout"),
+    [
+        ("h264", "yuv420p", "h264_nvenc", "yuv420p"),
+        ("hevc", "yuv420p10", "hevc_nvenc", "p010le"),
+        ("av1", "yuv420p10", "av1_nvenc", "p010le"),
+    ],
+)
+def test_nvenc_is_told_what_it_knows(
+    files: dict[str, Path], codec: str, pix_fmt: str, encoder: str, layout: str
+) -> None:
+    options = EncoderOptions(codec=codec, pix_fmt=pix_fmt, encoder="nvenc", preset="slow", crf=20)  # type: ignore[arg-type]
+    settings = resolve(options, probe(files["h264_vfr_mp4"]), "matroska", 64, 48)
+    assert (settings.encoder, settings.pix_fmt) == (encoder, layout)
+    assert settings.options["cq"] == "20" and settings.options["bf"] == "0" and settings.options["preset"] == "p6"
+    assert layout in {one.name for one in av.Codec(encoder, "w").video_formats or ()}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_without_a_gpu_nvenc_says_what_to_do(files: dict[str, Path], tmp_path: Path) -> None:
+    frame = next(iter(VideoReader(files["h264_vfr_mp4"])))
+    options = EncoderOptions(codec="h264", encoder="nvenc")
+    with pytest.raises(EncodeError) as told, writer(files, tmp_path / "out.mp4", options=options) as out:
+        out.write(frame)
+    assert "--encoder software" in told.value.remedy
+
+
+@pytest.mark.gpu
+def test_a_gpu_encodes_every_picture(files: dict[str, Path], tmp_path: Path) -> None:
+    enlarge(files["h264_vfr_mp4"], tmp_path / "out.mp4", options=EncoderOptions(codec="h264", encoder="nvenc"))
+    with VideoReader(files["h264_vfr_mp4"]) as before, VideoReader(tmp_path / "out.mp4") as after:
+        assert [frame.pts for frame in before] == [frame.pts for frame in after]
 
 
 def test_time_stamps_must_increase(files: dict[str, Path], tmp_path: Path) -> None:
