@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline import StreamDiffVSRPipeline
-from pipeline import stream_diffvsr as engine
+from pipeline import reference_step as engine
 from pipeline.frames import frame_to_tensor
 from pipeline.memory import Tiler
 from pipeline.tiling import TilePlan, predict_in_tiles

@@ -198,7 +198,7 @@ class _ClockedFlow:
 
 @contextmanager
 def _clocked(pipe: StreamDiffVSRPipeline, clock: _Clock) -> Iterator[None]:
-    from pipeline import stream_diffvsr as engine
+    from pipeline import reference_step as engine
 
     places: list[tuple[Any, str, str]] = [
         (engine, "flow_warp", "warp"),

@@ -17,7 +17,7 @@ Numerical traps, each of which the parity tests notice:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -31,23 +31,21 @@ from pipeline.checkpoint import fingerprint, load_checkpoint, save_extras
 from pipeline.errors import InputError
 from pipeline.flow import FlowEstimator, FlowName, FlowSize, make_flow
 from pipeline.frames import frame_to_tensor, shrink_to_multiple_of_4, tensor_to_frame
-from pipeline.guidance import Residuals, artg_residuals, embed_condition, flow_warp, reference_residuals
 from pipeline.memory import Tiler
 from pipeline.noise import NoiseCache, frame_noise
 from pipeline.options import Guidance, ModelOptions
 from pipeline.preconditions import CALLBACK_TENSORS, MINIMUM_SIDE, require_fit, require_inputs
 from pipeline.prompt_attention import attend_to_constant_prompt
-from pipeline.schedule import Schedule, ddim_step, make_schedule
+from pipeline.reference_step import ReferenceStep, StepCallback
+from pipeline.schedule import Schedule, make_schedule
 from pipeline.state import StreamState
-from pipeline.tiling import Past, TilePlan, Window, decode_in_tiles, embed_in_tiles, flow_in_tiles, predict_in_tiles
+from pipeline.tiling import Past, TilePlan, flow_in_tiles
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 DEFAULT_MAX_PIXELS: Final = 4096 * 2304
-
-StepCallback = Callable[["StreamDiffVSRPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
 class StreamDiffVSRPipeline(DiffusionPipeline):
@@ -109,6 +107,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         self._model_sha256 = model_sha256
         self._tiler = Tiler()
         self._backend: Backend | None = None
+        self._reference = ReferenceStep(self)
         self._noise = NoiseCache()
         self._known_schedules: dict[int | None, Schedule] = {}
         self._prompt_attention = attend_to_constant_prompt((unet, controlnet))
@@ -342,7 +341,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             )
         else:
             seen_by_caller = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-            output_B3HW = self._by_parts(frames_B3hw, latents, schedules, past, later, plan, *seen_by_caller)
+            output_B3HW = self._reference.run(frames_B3hw, latents, schedules, past, later, plan, *seen_by_caller)
         del past, previous, latents  # the new state needs their room
 
         # 5. Only now, when nothing can fail any more, hand the outcome to the states. They own their memory: neither
@@ -421,157 +420,3 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         return torch.stack(
             [draw(shape, seed=state.seed, index=0 if fixed else state.index, device=device) for state in states]
         )
-
-    def _by_parts(
-        self,
-        frames_B3hw: Tensor,
-        latents: Tensor,
-        schedules: list[Schedule],
-        past: Past,
-        later: list[int],
-        plan: TilePlan,
-        callback_on_step_end: StepCallback | None,
-        callback_inputs: Sequence[str],
-    ) -> Tensor:
-        """Return the decoder's output (B,3,4h,4w): the reference, for unlike streams, tiles and callbacks."""
-        # a. Warp the previous outputs, unless that is done by tiles; embed ARTG's condition, which all steps share
-        warped_L3HW = condition_L = None
-        if past.flow_L2HW is not None and plan.decoder is None:
-            warped_L3HW = flow_warp(torch.stack(list(past.pictures)), past.flow_L2HW, self.options.warp)
-        if self.guidance.artg and later:
-            if plan.decoder is not None:
-                condition_L = embed_in_tiles(self.controlnet, past, frames_B3hw, plan.decoder)
-            elif warped_L3HW is not None:
-                condition_L = embed_condition(self.controlnet, warped_L3HW) if self.cache_condition else warped_L3HW
-
-        # b. Denoise
-        latents = self._denoise(
-            frames_B3hw, latents, schedules, condition_L, later, plan, callback_on_step_end, callback_inputs
-        )
-        del condition_L
-
-        # c. Decode, with TPM where there is a previous output
-        latents = (latents / self.vae.config.scaling_factor).to(self.unet.dtype)
-        with_tpm = later if self.guidance.tpm else []
-        if plan.decoder is not None:
-            look = past.warped if self.guidance.tpm_warped else past.plain
-            return decode_in_tiles(self.vae, latents, look, with_tpm, plan.decoder)
-        if not self.guidance.tpm_warped and later:
-            warped_L3HW = torch.stack(list(past.pictures))
-        features_L = self.vae.encode_temporal(warped_L3HW) if with_tpm and warped_L3HW is not None else None
-        return self._decode(latents, features_L, later)
-
-    def _denoise(
-        self,
-        frames_B3hw: Tensor,
-        latents: Tensor,
-        schedules: list[Schedule],
-        condition_L: Tensor | None,
-        later: list[int],
-        plan: TilePlan,
-        callback_on_step_end: StepCallback | None,
-        callback_inputs: Sequence[str],
-    ) -> Tensor:
-        """Take the latents (B,C,h,w) through all denoising steps."""
-        device, dtype = self.device, self.unet.dtype
-        estimate_BChw = None
-        if self.vae.lr_projection is not None:
-            estimate_BChw = self.vae.lr_projection(frames_B3hw.to(dtype)).to(torch.float32)
-        # streams with fewer steps drop out of the batch when they are done
-        for number in range(max(map(len, schedules))):
-            rows = [b for b, schedule in enumerate(schedules) if number < len(schedule)]
-            timesteps = [schedules[b].timesteps[number] for b in rows]
-            timestep_R = torch.tensor(timesteps, device=device)
-            x_RChw = torch.cat([latents[rows], frames_B3hw[rows]], dim=1).to(dtype)
-
-            # 4a. One prediction: ARTG for the rows that have a previous output, then the U-Net
-            if plan.unet is None:
-                model_output = self._predict(x_RChw, timestep_R, condition_L, rows, later).to(torch.float32)
-            else:
-                model_output = self._predict_in_tiles(x_RChw, timestep_R, condition_L, rows, later, plan.unet)
-
-            # 4b. One DDIM step
-            if estimate_BChw is not None:
-                model_output = model_output + estimate_BChw[rows]
-            arrival = [schedules[b].previous[number] for b in rows]
-            latents = latents.clone()
-            latents[rows] = ddim_step(self.scheduler, model_output, latents[rows], timesteps, arrival)
-
-            if callback_on_step_end is not None:
-                tensors = {"latents": latents, "model_output": model_output}
-                given = {name: tensors[name] for name in callback_inputs}
-                latents = (callback_on_step_end(self, number, timestep_R, given) or {}).get("latents", latents)
-        return latents
-
-    def _predict(
-        self, x_RChw: Tensor, timestep_R: Tensor, condition_L: Tensor | None, rows: list[int], later: list[int]
-    ) -> Tensor:
-        """Return the U-Net's prediction (R,C,h,w) for `rows` (numbers of streams), guided by ARTG."""
-        prompt_RTD = self.prompt_embeds_1TD.to(x_RChw.device, x_RChw.dtype).expand(len(rows), -1, -1)
-        residuals = None
-        if condition_L is not None:
-            residuals = self._residuals(x_RChw, timestep_R, prompt_RTD, condition_L, rows, later)
-        prediction: Tensor = self.unet(
-            x_RChw,
-            timestep_R,
-            encoder_hidden_states=prompt_RTD,
-            down_block_additional_residuals=None if residuals is None else tuple(residuals.down),
-            mid_block_additional_residual=None if residuals is None else residuals.mid,
-            return_dict=False,
-        )[0]
-        return prediction
-
-    def _predict_in_tiles(
-        self,
-        x_RChw: Tensor,
-        timestep_R: Tensor,
-        condition_L: Tensor | None,
-        rows: list[int],
-        later: list[int],
-        side: int,
-    ) -> Tensor:
-        """Return what `_predict` returns, put together from tiles, row by row; fp32."""
-
-        def predict(row: int, window: Window) -> Tensor:
-            b, condition = rows[row], None
-            if condition_L is not None and b in later:
-                at = later.index(b)
-                condition = window.of(condition_L[at : at + 1])
-            one = slice(row, row + 1)
-            return self._predict(window.of(x_RChw[one]), timestep_R[one], condition, [b], [b])
-
-        shape = (len(rows), self.unet.config.out_channels, *x_RChw.shape[2:])
-        multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
-        networks = (self.unet,) if condition_L is None else (self.unet, self.controlnet)
-        return predict_in_tiles(predict, networks, shape, side, multiple, x_RChw.device)
-
-    def _residuals(
-        self,
-        x_RChw: Tensor,
-        timestep_R: Tensor,
-        prompt_RTD: Tensor,
-        condition_L: Tensor,
-        rows: list[int],
-        later: list[int],
-    ) -> Residuals | None:
-        """Run ARTG for those of `rows` (numbers of streams) that are among `later`, whose conditions are given."""
-        at = [r for r, b in enumerate(rows) if b in later]
-        if not at:
-            return None
-        condition = condition_L[[later.index(rows[r]) for r in at]]
-        run = artg_residuals if self.cache_condition else reference_residuals
-        residuals = run(self.controlnet, x_RChw[at], timestep_R[at], prompt_RTD[at], condition)
-        return residuals if len(at) == len(rows) else residuals.spread(at, len(rows))
-
-    def _decode(self, latents: Tensor, features_L: list[Tensor] | None, later: list[int]) -> Tensor:
-        """Decode all latents; those of `later` with their temporal features, if there are any."""
-        if features_L is None:
-            return self.vae.decode(latents)
-        if len(later) == len(latents):
-            return self.vae.decode(latents, features_L)
-        first = [b for b in range(len(latents)) if b not in later]
-        alone = self.vae.decode(latents[first])
-        output_B3HW = alone.new_empty((len(latents), *alone.shape[1:]))
-        output_B3HW[first] = alone
-        output_B3HW[later] = self.vae.decode(latents[later], features_L)
-        return output_B3HW

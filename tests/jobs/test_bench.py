@@ -30,7 +30,7 @@ def test_every_stage_is_timed_and_they_add_up(model: Path, capsys: pytest.Captur
 
 
 def test_the_engine_is_as_before_afterwards(model: Path) -> None:
-    from pipeline import stream_diffvsr as engine
+    from pipeline import reference_step as engine
 
     before = (engine.flow_warp, engine.embed_condition, engine.artg_residuals)
     assert main(["bench", "--model", str(model), "--size", "32x32", "--frames", "2", "--steps", "1"]) == 0

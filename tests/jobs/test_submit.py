@@ -14,6 +14,11 @@ from jobs.submit import job_of
 PLACES = ["s3://tapes/in", "s3://tapes/out"]
 
 
+@pytest.fixture(autouse=True)
+def nothing_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UPRIVER_BACKEND", raising=False)  # which every test run sets
+
+
 def test_the_command_is_the_one_that_would_run_here() -> None:
     command, environment, metadata = job_of([*PLACES, "--steps", "1", "--overwrite"], shared_files=False)
     assert command == ["python", "-m", "jobs.cli", "restore", *PLACES, "--steps", "1", "--overwrite"]
