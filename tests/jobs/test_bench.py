@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_surface_is_the_one_that_is_promised() -> None:
     parameters = typer.main.get_command(app).params
     assert [parameter.opts[0] for parameter in parameters if parameter.param_type_name == "option"] == OPTIONS
+
+
+def test_commands_in_the_book_can_be_typed(repository: Path) -> None:
+    """Those in a table's cells, which are the ones for missing rows; the book's own test reads code blocks."""
+    typed = re.findall(r"`upriver bench ([^`]+)`", (repository / "docs/gpu.md").read_text())
+    assert len(typed) >= 8
+    for words in typed:
+        context = typer.main.get_command(app).make_context("bench", words.split())
+        assert output_sizes(context.params["sizes"] or "720p") and context.params["batches"].count(",") in (0, 3)
+    assert any("--against" in words for words in typed) and any(words.startswith("pipeline") for words in typed)
 
 
 def test_every_stage_is_timed_and_they_add_up(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
