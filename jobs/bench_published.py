@@ -81,10 +81,10 @@ def main(path: str) -> None:
 def load_pipeline(checkout: str, model: str) -> Any:
     """Return the checkout's pipeline with the networks of a folder, as its ``inference.py`` puts it together."""
     import_from(checkout)
-    from diffusers import DDIMScheduler
-
     theirs = importlib.import_module("pipeline.stream_diffvsr_pipeline")
     autoencoder = importlib.import_module("temporal_autoencoder.autoencoder_tiny").TemporalAutoencoderTiny
+    from diffusers import DDIMScheduler
+
     return theirs.StreamDiffVSRPipeline(
         vae=autoencoder.from_pretrained(os.path.join(model, "vae")),
         text_encoder=None,  # the embedding of the empty prompt is given

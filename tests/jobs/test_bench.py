@@ -221,22 +221,11 @@ def test_decoder_model_and_encoder_work_at_the_same_time(model: Path, tmp_path: 
 
 
 @pytest.mark.gpu
-def test_stages_on_a_gpu_are_timed_by_events(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [
-        "--model",
-        str(model),
-        "--sizes",
-        "256x256",
-        "--frames",
-        "8",
-        "--device",
-        "cuda",
-        "--flow",
-        "zero",
-        "--json",
-    ]
-    assert main(["bench", *options]) == 0
+def test_stages_on_a_gpu_are_timed_by_events(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "random:tiny", "--sizes", "720p", "--frames", "8", "--device", "cuda", "--flow", "zero"]
+    assert main(["bench", *options, "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)["results"]
-    assert all(told["stages_ms"][name] > 0 for name in ("unet", "artg", "tpm", "decoder"))
-    assert sum(told["stages_ms"].values()) == pytest.approx(told["step_ms"], rel=0.35)
     assert told["peak_memory_mib"] > 0 and told["peak_tflops"] > 1
+    if told["backend"] == "eager":
+        assert all(told["stages_ms"][name] > 0 for name in ("unet", "artg", "tpm", "decoder"))
+    assert sum(told["stages_ms"].values()) == pytest.approx(told["step_ms"], rel=0.35)

@@ -12,6 +12,8 @@ from tests.random_model import save_random_model
 
 # Takes what the published pipeline takes, and gives out what it gives out: all pictures at the end, each in a list.
 STAND_IN = """
+if FAILS:
+    raise RuntimeError("out of patience")
 import time
 import types
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -29,8 +31,6 @@ class StreamDiffVSRPipeline:
     def __call__(self, prompt, images, prompt_embeds, num_inference_steps, guidance_scale, generator, of_model):
         assert prompt is None and prompt_embeds.shape == (1, 1, 8) and num_inference_steps == 2 and guidance_scale == 0
         assert generator.initial_seed() == 42
-        if FAILS:
-            raise RuntimeError("out of patience")
         time.sleep(0.1 * len(images))
         large = [image.resize((4 * image.width, 4 * image.height)) for image in images]
         return types.SimpleNamespace(images=[[image] for image in large])
@@ -74,7 +74,7 @@ def test_both_restore_the_same_and_are_set_side_by_side(
     assert main(typed(model, folder, "--json", "--save", str(tmp_path / "records"))) == 0
     told = json.loads(capsys.readouterr().out)
     (row,) = told["results"]
-    assert row["published_ms"] == pytest.approx(100, rel=0.5) and row["frames"] == 5
+    assert 100 <= row["published_ms"] < 1000 and row["frames"] == 5
     assert row["published_first_ms"] == pytest.approx(5 * row["published_ms"], rel=0.01), "it gives all at the end"
     assert row["ratio"] == pytest.approx(row["published_ms"] / row["upriver_ms"], rel=0.02)
     assert row["first_ratio"] == pytest.approx(row["published_first_ms"] / row["upriver_first_ms"], rel=0.02)

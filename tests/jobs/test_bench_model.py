@@ -42,10 +42,8 @@ def test_flops_of_a_published_frame_at_720p() -> None:
     without its temporal modules.
     """
     flops = {stage: count / 1e12 for stage, count in flops_by_stage(published(), *HD).items()}
-    one_step = {stage: count / 1e12 for stage, count in flops_by_stage(published(), *HD, steps=1).items()}
     assert set(flops) == {"unet", "artg", "tpm", "decoder"}
-    assert flops["unet"] == pytest.approx(4 * 3.99, rel=0.005) and one_step["unet"] == pytest.approx(3.99, rel=0.005)
-    assert one_step["artg"] == pytest.approx(1.56, rel=0.005)
+    assert flops["unet"] == pytest.approx(4 * 3.99, rel=0.005)
     assert flops["artg"] == pytest.approx(4 * 1.56 - 3 * 0.275, rel=0.005)
     assert flops["tpm"] == pytest.approx(0.42, rel=0.005)
     assert 0.48 <= flops["decoder"] < 0.50
