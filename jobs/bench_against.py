@@ -264,6 +264,8 @@ def _noise(pipe: StreamDiffVSRPipeline, clip: _Clip) -> Any:
 
 
 def _open(clip: _Clip) -> tuple[StreamDiffVSRPipeline, float]:
+    import torch
+
     from actors.hardware import choose_dtype
     from pipeline.flow import RAFTFlow
 
@@ -271,6 +273,9 @@ def _open(clip: _Clip) -> tuple[StreamDiffVSRPipeline, float]:
     pipe = open_model(clip.settings, clip.device, choose_dtype(clip.settings.dtype, clip.device))
     if pipe.flow.name == "raft":
         pipe.flow = RAFTFlow(weights=clip.raft).to(pipe.device)
+    if pipe.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()  # fp32 weights were there while they were cast
     return pipe, 1000 * (time.perf_counter() - began)
 
 

@@ -296,7 +296,7 @@ def hardware_name() -> str:
     from actors.hardware import usable_cores
 
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
+        return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

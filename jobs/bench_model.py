@@ -66,6 +66,8 @@ def open_model(settings: Settings, device: str, dtype: torch.dtype) -> StreamDif
 
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # events and figures of memory are those of the current device
     flow = None if settings.flow == "auto" else settings.flow
     if settings.model.startswith(PREFIX):
         pipe = random_model(settings.model.removeprefix(PREFIX), device=device, dtype=dtype, flow=flow)
