@@ -38,7 +38,7 @@ def clips(width: int, height: int) -> Iterator[tuple[str, list[Tensor]]]:
     from PIL import Image
 
     from jobs.assets import fetch
-    from jobs.bench import _scene
+    from jobs.bench_clip import scene
 
     for path in sorted(fetch(["heldout"])):
         if path.name in ("walk.mp4", "flowers.mp4", "portrait.mp4"):
@@ -46,7 +46,7 @@ def clips(width: int, height: int) -> Iterator[tuple[str, list[Tensor]]]:
                 pictures = [Image.fromarray(frame.rgb_HWC) for frame, _ in zip(reader, range(2), strict=False)]
             small = [picture.resize((width, height), Image.Resampling.BICUBIC) for picture in pictures]
             yield path.stem, [frame_to_tensor(np.asarray(picture)) for picture in small]
-    yield "pattern", [frame_to_tensor(_scene(index, width, height)) for index in range(2)]
+    yield "pattern", [frame_to_tensor(scene(index, width, height)) for index in range(2)]
 
 
 def restore(pipe: StreamDiffVSRPipeline, frames: list[Tensor], side: int | None) -> list[Tensor]:

@@ -390,38 +390,9 @@ def doctor(
     return doctor_command(flags=flags, config=config, as_json=as_json)
 
 
-@app.command()
-def bench(
-    model: Model = None,
-    steps: Steps = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    backend: BackendOption = None,
-    flow: Flow = None,
-    threads: Threads = None,
-    size: Annotated[str, typer.Option(help="Input size, WIDTHxHEIGHT.")] = "160x120",
-    frames: Annotated[int, typer.Option(min=2, help="Frames to measure, after two to warm up.")] = 24,
-    config: Config = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> int:
-    """Measure milliseconds per frame by stage on this device."""
-    from jobs.bench import bench_command
-
-    flags = {
-        "model": model,
-        "steps": steps,
-        "device": device,
-        "dtype": dtype,
-        "backend": backend,
-        "flow": flow,
-        "threads": threads,
-    }
-    return bench_command(flags=flags, config=config, size=size, frames=frames, as_json=as_json)
-
-
 # Commands with parsers of their own: what follows their name is handed on unread, so that they load when they are used.
 _PASSED_ON = {
+    "bench": "Measure speed on this device: milliseconds, FLOPs and what could be, by stage.",
     "serve": "Restore live streams: WebSocket, gRPC and a web page, until it is interrupted.",
     "predictor": "Serve models by the Open Inference Protocol, for KServe and Triton clients.",
     "keys": "Make, list and revoke the API keys of the live service.",

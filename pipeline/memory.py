@@ -131,6 +131,11 @@ def _largest(
     return plan, needed
 
 
+def without_data(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
+    """Return a twin of `pipe` whose tensors have sizes but no data (device "meta"): its steps compute nothing."""
+    return _Rehearsal(pipe).pipe
+
+
 def allocated_by(work: Callable[[], object]) -> int:
     """Return the most bytes that tensors of the device "meta" stand for at any moment while `work` runs."""
     with _Counter() as counter:
@@ -222,7 +227,7 @@ class _Rehearsal:
             if self._on_cpu:
                 network.to(memory_format=torch.channels_last)
         self._flow: Any = _flow_without_data(pipe.flow)
-        self._pipe = type(pipe)(
+        self.pipe = type(pipe)(
             **networks,
             scheduler=pipe.scheduler,
             prompt_embeds_1TD=pipe.prompt_embeds_1TD.to("meta"),
@@ -231,25 +236,25 @@ class _Rehearsal:
             model_sha256="rehearsal",
             max_pixels=2**62,
         )
-        self._pipe.guidance = pipe.guidance
-        self._pipe.cache_condition = pipe.cache_condition
+        self.pipe.guidance = pipe.guidance
+        self.pipe.cache_condition = pipe.cache_condition
         self._weights = sum(_bytes(module) for module in networks.values())
         if isinstance(self._flow, RAFTFlow):
             self._weights += _bytes(self._flow._loaded())
 
     def estimate(self, height: int, width: int, batch: int, plan: TilePlan) -> MemoryEstimate:
-        latent = (batch, self._pipe.vae.config.latent_channels, height, width)
-        self._pipe._tiler = _Fixed(plan)
+        latent = (batch, self.pipe.vae.config.latent_channels, height, width)
+        self.pipe._tiler = _Fixed(plan)
         with _Counter() as counter, torch.device("meta"):
             states = []
             for _ in range(batch):
                 state = StreamState(model_sha256="rehearsal")
                 state.advance(
-                    torch.empty(3, height * SCALE, width * SCALE, dtype=self._pipe.unet.dtype),
+                    torch.empty(3, height * SCALE, width * SCALE, dtype=self.pipe.unet.dtype),
                     torch.empty(3, height, width),
                 )
                 states.append(state)
-            self._pipe.step(torch.empty(batch, 3, height, width), states, torch.empty(latent), steps=1)
+            self.pipe.step(torch.empty(batch, 3, height, width), states, torch.empty(latent), steps=1)
         return MemoryEstimate(RUNTIME_BYTES if self._on_cpu else 0, self._weights, round(UNSEEN * counter.peak))
 
 

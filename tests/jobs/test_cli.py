@@ -35,10 +35,7 @@ SURFACE = {
     "upriver report": ["DST", "--output", "-o", "--samples", "--json", "--debug"],
     "upriver verify": ["SRC", "DST", "--scale", "--height", "--json", "--debug"],
     "upriver doctor": ["--model", "--device", "--dtype", "--backend", "--flow", "--config", "--json", "--debug"],
-    "upriver bench": [
-        "--model", "--steps", "--device", "--dtype", "--backend", "--flow", "--threads", "--size", "--frames",
-        "--config", "--json", "--debug",
-    ],
+    "upriver bench": [],
     "upriver serve": [],
     "upriver predictor": [],
     "upriver keys": [],
@@ -102,7 +99,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_bench_and_train_load_neither_ray_nor_opencv() -> None:
     program = (
-        "import sys, jobs.bench, jobs.train\n"
+        "import sys, jobs.bench, jobs.bench_against, jobs.bench_measure, jobs.bench_pipeline, jobs.train\n"
         "heavy = {'ray', 'cv2'} & set(sys.modules)\n"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)"
     )
