@@ -3,9 +3,9 @@
     python -m benchmarks.adaptive_steps --frames 12
 
 The held-out clips, and three times as long a camera that stands still (`benchmarks.fixed_camera`). All methods restore
-frame k before any restores frame k + 1, so that a busy machine is busy for all of them alike. `--pictures FOLDER` writes
-the frame of each clip that is farthest from that of 4 steps: truth, 4 steps, adaptive, their difference times 8. Prints
-Markdown.
+frame k before any restores frame k + 1, so that a busy machine is busy for all of them alike. `--pictures FOLDER`
+writes the frame of each clip that is farthest from that of 4 steps: truth, 4 steps, adaptive, their difference times 8.
+Prints Markdown.
 """
 
 from __future__ import annotations

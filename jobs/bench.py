@@ -96,7 +96,7 @@ def measure(settings: Settings, width: int, height: int, frames: int) -> BenchRe
         clip = Path(folder) / "clip.mp4"
         _write_clip(clip, width, height, frames + WARM_UP)
         with _clocked(pipe, clock):
-            step_ms = _run(pipe, clip, Path(folder) / "restored.mp4", settings.steps, clock)
+            step_ms = _run(pipe, clip, Path(folder) / "restored.mp4", settings.fixed_steps, clock)
     stages = {name: statistics.median(values) for name in STAGES if (values := clock.per_frame(name))}
     typical_step_ms = statistics.median(step_ms[WARM_UP:])
     stages["other"] = max(0.0, typical_step_ms - sum(stages.get(name, 0.0) for name in _INSIDE_THE_MODEL))
@@ -104,7 +104,7 @@ def measure(settings: Settings, width: int, height: int, frames: int) -> BenchRe
         model=settings.model,
         model_sha256=pipe.model_sha256,
         size=f"{width}x{height} -> {4 * width}x{4 * height}",
-        steps=settings.steps or DEFAULT_STEPS,
+        steps=settings.fixed_steps or DEFAULT_STEPS,
         frames=frames,
         device=str(pipe.device),
         dtype=str(pipe.dtype).removeprefix("torch."),

@@ -32,7 +32,9 @@ from jobs.options import (
     Scale,
     Source,
     Steps,
+    StepsOrAuto,
     Threads,
+    count_or_word,
     start_logs,
 )
 
@@ -65,7 +67,7 @@ def restore(
     src: Source,
     dst: Destination,
     model: Model = None,
-    steps: Steps = None,
+    steps: StepsOrAuto = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -277,7 +279,7 @@ def restore(
     from jobs.restore import restore_command
 
     flags = {
-        "model": model, "steps": steps, "seed": seed, "device": device, "dtype": dtype, "flow": flow,
+        "model": model, "steps": count_or_word(steps), "seed": seed, "device": device, "dtype": dtype, "flow": flow,
         "scale": scale, "height": height, "codec": codec, "crf": crf, "preset": preset, "pix_fmt": pix_fmt,
         "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,
         "segment_seconds": segment_seconds, "split_seconds": split_seconds, "warm_up_frames": warm_up_frames,

@@ -108,6 +108,12 @@ def test_the_start_a_cut_and_every_nth_frame_get_the_most() -> None:
     assert levels(StepPolicy(), [SCENE, SCENE[:64, :64], SCENE[:64, :64]])[1] == 4, "another size is another scene"
 
 
+def test_numbers_from_a_table_or_the_environment_are_the_same_policy() -> None:
+    given = StepPolicy.of({"levels": (4.0, 1.0), "shares": [0.1], "longest_hold": 3.0})
+    assert given == StepPolicy(levels=(4, 1), shares=(0.1,), longest_hold=3)
+    assert StepPolicy.of(given.model_dump(mode="json")) == given
+
+
 def test_eight_and_sixteen_bits_get_the_same() -> None:
     frames = [*(frame[:33, :47] for frame in pan(4, 1, 2)), SCENE[:33, :47], SCENE[:33, :47]]
     wide = [frame.astype(np.uint16) * 257 for frame in frames]
