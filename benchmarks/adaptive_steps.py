@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--frames", type=int, default=12)
-    parser.add_argument("--only", help="a clip by name")
+    parser.add_argument("--only", action="append", help="a clip by name; may be repeated")
     parser.add_argument("--pictures", type=Path)
     options = parser.parse_args()
     pipe = StreamDiffVSRPipeline.from_pretrained(options.model)
@@ -161,7 +161,7 @@ def main() -> None:
     )
     real: dict[str, list[list[float]]] = {method: [] for method in POLICIES}
     for name, truth, small in clips(options.frames):
-        if options.only not in (None, name):
+        if options.only and name not in options.only:
             continue
         for method, row in measure(pipe, name, truth, small, network, options.pictures):
             print(line(name, method, row), flush=True)

@@ -13,7 +13,7 @@ Shapes: H W the input frame, y x cells of 2 by 2 pixels, Y X blocks of 4 by 4 ce
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -44,9 +44,11 @@ class StepPolicy(BaseModel):
         static_levels: a frame is held if no block differs by more than this from the last restored one; None: never.
         noise_gain: so many times the median difference of the blocks is granted beside it, for noise that is
             everywhere, up to `static_levels` again.
-        settle: frames in a row that must have shown nothing new, and were restored, before one is held: after a start
+        settle: restored frames in a row in which a block must have shown nothing new before it is held: after a start
             or a movement a picture gets better for some frames, because each knows the one before.
-        longest_hold: frames that are held in a row at most.
+        longest_hold: frames in a row at most that are held, or restored in a window alone.
+        window_share: where all that is not settled lies in a rectangle of at most this share of the picture, it alone
+            is restored, and the rest is held; None: always the whole picture.
         full_every: frames after which one that is restored gets the most steps.
         version: of the rules. Other rules get another one: it is part of a run's identity.
     """
@@ -60,6 +62,7 @@ class StepPolicy(BaseModel):
     noise_gain: float = Field(default=1.0, ge=0, le=10)
     settle: int = Field(default=8, ge=0, le=1000)
     longest_hold: int = Field(default=12, ge=1, le=1000)
+    window_share: float | None = Field(default=None, gt=0, le=1)
     full_every: int = Field(default=48, ge=1, le=100_000)
     version: int = Field(default=1, ge=1, le=1)
 
@@ -97,6 +100,15 @@ class StepPolicy(BaseModel):
         return self.model_copy(update={"static_levels": None})
 
 
+class Bounds(NamedTuple):
+    """Input pixels, ends excluded; in the order of `pipeline.tiling.Window`, which brings torch."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What a frame gets.
@@ -106,12 +118,14 @@ class Choice:
         memory: what `StreamState.policy` becomes when the frame was answered so, and no sooner.
         peak_levels: largest difference of a block from the last restored frame; None where there is none.
         new_share: share of blocks that are new after the motion of the whole picture.
+        window: what alone is to be restored; None: the whole frame, or with level 0 nothing.
     """
 
     level: int
     memory: dict[str, Tensor]
     peak_levels: float | None = None
     new_share: float = 1.0
+    window: Bounds | None = None
 
 
 def choose(policy: StepPolicy, rgb_HWC: NDArray[np.integer], state: StreamState) -> Choice:
@@ -121,42 +135,101 @@ def choose(policy: StepPolicy, rgb_HWC: NDArray[np.integer], state: StreamState)
         rgb_HWC: uint8, or uint16 at full scale.
         state: before the frame, and after the reset if it begins a scene.
     """
-    import torch  # here alone: who only plans needs no torch
-
     cells_yx = _cells(rgb_HWC)
-    remembered = state.policy.get("reference")
-    reference_yx = None if remembered is None else remembered.numpy()
-    since_full, held, still = (int(count) for count in state.policy.get("counts", (0, 0, 0)))
-
-    def memory(since_full: int, held: int, still: int) -> dict[str, Tensor]:
-        reference = torch.from_numpy(cells_yx) if held == 0 or remembered is None else remembered
-        return {"reference": reference, "counts": torch.tensor([since_full, held, still], dtype=torch.int64)}
-
+    before = _Memory.of(state)
     full = policy.levels[0]
-    if state.is_first or reference_yx is None or reference_yx.shape != cells_yx.shape:
-        return Choice(full, memory(0, 0, 0))
-    peak, median = _peak_and_median(cells_yx, reference_yx)
-    is_still = False
-    if policy.static_levels is not None:
-        is_still = peak <= policy.static_levels + min(policy.noise_gain * median, policy.static_levels)
-        if is_still and still >= policy.settle and held < policy.longest_hold:
-            return Choice(0, memory(since_full + 1, held + 1, still), peak, 0.0)
-    share = _new_share(cells_yx, reference_yx, policy.busy_levels)
+    if state.is_first or before is None or before.reference_yx.shape != cells_yx.shape:
+        sums_YX = np.zeros_like(_blocks(cells_yx, cells_yx))
+        return Choice(full, _Memory(cells_yx, sums_YX.astype(np.int32), 0, 0).tensors())
+    sums_YX = _blocks(cells_yx, before.reference_yx)
+    scale = _BLOCK * _BLOCK * _LEVEL
+    peak, median = int(sums_YX.max()) / scale, int(np.sort(sums_YX, axis=None)[sums_YX.size // 2]) / scale
+    share = _new_share(cells_yx, before.reference_yx, policy.busy_levels)
     limits = zip(policy.levels, policy.shares, strict=False)
     level = next((level for level, limit in limits if share > limit), policy.levels[-1])
-    if since_full + 1 >= policy.full_every:
+    since_full = before.since_full + 1
+    if policy.static_levels is None:
+        still_YX = np.zeros(sums_YX.shape, bool)
+    else:
+        still_YX = sums_YX <= (policy.static_levels + min(policy.noise_gain * median, policy.static_levels)) * scale
+    ages_YX = np.where(still_YX, np.minimum(before.ages_YX + 1, policy.settle), 0).astype(np.int32)
+    if policy.static_levels is not None and before.held < policy.longest_hold:
+        restless_YX = ~still_YX | (before.ages_YX < policy.settle)
+        if not restless_YX.any():
+            held = _Memory(before.reference_yx, before.ages_YX, since_full, before.held + 1)
+            return Choice(0, held.tensors(), peak, 0.0)
+        rows, columns = _around(restless_YX.any(1)), _around(restless_YX.any(0))
+        area = (rows.stop - rows.start) * (columns.stop - columns.start) / restless_YX.size
+        if policy.window_share is not None and area <= policy.window_share and since_full < policy.full_every:
+            inside = (_of_cells(rows, cells_yx.shape[0]), _of_cells(columns, cells_yx.shape[1]))
+            reference_yx, settled_YX = before.reference_yx.copy(), before.ages_YX.copy()
+            reference_yx[inside] = cells_yx[inside]
+            settled_YX[rows, columns] = ages_YX[rows, columns]
+            bounds = Bounds(*_pixels(inside[0], rgb_HWC.shape[0]), *_pixels(inside[1], rgb_HWC.shape[1]))
+            part = _Memory(reference_yx, settled_YX, since_full, before.held + 1)
+            return Choice(level, part.tensors(), peak, share, bounds)
+    if since_full >= policy.full_every:
         level = full
-    still = min(still + 1, policy.settle) if is_still else 0
-    return Choice(level, memory(0 if level == full else since_full + 1, 0, still), peak, share)
+    whole = _Memory(cells_yx, ages_YX, 0 if level == full else since_full, 0)
+    return Choice(level, whole.tensors(), peak, share)
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What is remembered of a stream.
+
+    Attributes:
+        reference_yx: the input that the previous output belongs to.
+        ages_YX: restored frames since a block last showed something new, up to `settle`.
+        since_full: frames since the last one with the most steps. held: frames since the last whole one.
+    """
+
+    reference_yx: NDArray[np.int32]
+    ages_YX: NDArray[np.int32]
+    since_full: int
+    held: int
+
+    @classmethod
+    def of(cls, state: StreamState) -> _Memory | None:
+        if not state.policy:
+            return None
+        since_full, held = (int(count) for count in state.policy["counts"])
+        return cls(state.policy["reference"].numpy(), state.policy["ages"].numpy(), since_full, held)
+
+    def tensors(self) -> dict[str, Tensor]:
+        import torch  # here alone: who only plans needs no torch
+
+        return {
+            "reference": torch.from_numpy(self.reference_yx),
+            "ages": torch.from_numpy(self.ages_YX),
+            "counts": torch.tensor([self.since_full, self.held], dtype=torch.int64),
+        }
+
+
+def _around(restless: NDArray[np.bool_]) -> slice:
+    """Return the shortest range with all that is true."""
+    found = np.flatnonzero(restless)
+    return slice(int(found[0]), int(found[-1]) + 1)
+
+
+def _of_cells(blocks: slice, length: int) -> slice:
+    """Return the cells of a range of blocks along a side of so many cells."""
+    starts = _starts(length)
+    return slice(int(starts[blocks.start]), int(starts[blocks.stop - 1]) + _BLOCK)
+
+
+def _pixels(cells: slice, length: int) -> tuple[int, int]:
+    return cells.start * _CELL, min(cells.stop * _CELL, length)
 
 
 def _cells(rgb_HWC: NDArray[np.integer]) -> NDArray[np.int32]:
     """Return the luma (y,x) of cells, in 256ths of an 8-bit level; odd sides repeat their last pixel."""
-    wide = np.uint32 if rgb_HWC.dtype == np.uint16 else np.uint16  # 255 times all weights fits in 16 bits
-    red, green, blue = (rgb_HWC[..., channel].astype(wide) for channel in range(3))
-    luma_HW = red * wide(_WEIGHTS[0]) + green * wide(_WEIGHTS[1]) + blue * wide(_WEIGHTS[2])
-    if wide is np.uint32:
-        luma_HW >>= np.uint32(8)
+    deep = rgb_HWC.dtype == np.uint16
+    weights = np.array(_WEIGHTS, np.uint32 if deep else np.uint16)  # 255 times all of them fits in 16 bits
+    red, green, blue = (rgb_HWC[..., channel].astype(weights.dtype) for channel in range(3))
+    luma_HW = red * weights[0] + green * weights[1] + blue * weights[2]
+    if deep:
+        luma_HW = luma_HW >> np.uint32(8)
     luma_HW = np.pad(luma_HW, [(0, length % _CELL) for length in luma_HW.shape], mode="edge")
     rows_yW = luma_HW[::2].astype(np.int32) + luma_HW[1::2]
     cells_yx: NDArray[np.int32] = (rows_yW[:, ::2] + rows_yW[:, 1::2]) >> 2
@@ -173,13 +246,6 @@ def _blocks(cells_yx: NDArray[np.int32], reference_yx: NDArray[np.int32]) -> NDA
 def _starts(length: int) -> NDArray[np.int64]:
     starts = np.arange(0, length - _BLOCK + 1, _BLOCK)
     return starts if length % _BLOCK == 0 else np.append(starts, length - _BLOCK)
-
-
-def _peak_and_median(cells_yx: NDArray[np.int32], reference_yx: NDArray[np.int32]) -> tuple[float, float]:
-    """Return the largest difference of a block and the median one, in 8-bit levels."""
-    sums = np.sort(_blocks(cells_yx, reference_yx), axis=None)
-    scale = _BLOCK * _BLOCK * _LEVEL
-    return int(sums[-1]) / scale, int(sums[len(sums) // 2]) / scale
 
 
 def _new_share(cells_yx: NDArray[np.int32], reference_yx: NDArray[np.int32], busy_levels: float) -> float:

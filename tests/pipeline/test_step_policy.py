@@ -81,6 +81,37 @@ def test_a_small_thing_that_moves_ends_the_hold(side: int) -> None:
     assert levels(SETTLED_AT_ONCE, [SCENE, SCENE, touched, touched]) == [4, 0, 1, 0]
 
 
+def test_what_moves_alone_is_restored_in_its_window() -> None:
+    policy = StepPolicy(settle=1, longest_hold=4, window_share=0.3)
+    places = [8, 8, 8, 10, 12, 14, 14, 14]
+    frames = []
+    for left in places:
+        frame = SCENE.copy()
+        frame[40:50, left : left + 10] = 255 - frame[40:50, left : left + 10]
+        frames.append(frame)
+    found = follow(policy, frames)
+    assert [choice.level for choice in found] == [4, 1, 0, 1, 1, 1, 1, 0]
+    windows = [choice.window for choice in found]
+    # After four frames that were not restored whole one is; it is the fourth of hold, window, window, window.
+    assert [window is not None for window in windows] == [False, False, False, True, True, True, False, False]
+    for before, left, window in zip(places[2:], places[3:6], windows[3:6], strict=False):
+        assert window is not None and window.top <= 40 and window.bottom >= 50
+        assert window.left <= before and window.right >= left + 10, "where it was is new as well"
+    assert follow(policy.model_copy(update={"window_share": 0.01}), frames)[3].window is None
+    assert follow(policy.model_copy(update={"window_share": None}), frames)[3].window is None
+
+
+def test_what_was_held_outside_of_a_window_is_compared_with_what_it_shows() -> None:
+    policy = StepPolicy(settle=0, longest_hold=100, window_share=0.3, noise_gain=0)
+    frames = [SCENE // 2 + 60]
+    for number in range(1, 8):
+        frame = frames[0] - np.uint8(number // 3)  # a level each three frames, everywhere
+        frame[:8, :8] = 20 * number
+        frames.append(frame)
+    found = follow(policy, frames)
+    assert [choice.window is not None for choice in found] == [False, True, True, True, True, True, False, True]
+
+
 def test_slow_change_adds_up_against_the_restored_frame() -> None:
     fading = [SCENE // 2 + np.uint8(60 - number // 2) for number in range(12)]
     found = levels(StepPolicy(settle=0, longest_hold=100, noise_gain=0), fading)
