@@ -96,7 +96,7 @@ class StepPolicy(BaseModel):
 
     @property
     def without_hold(self) -> StepPolicy:
-        """The same policy that holds no frame."""
+        """The same policy that holds nothing: neither frames nor what is outside of a window."""
         return self.model_copy(update={"static_levels": None})
 
 
@@ -158,7 +158,7 @@ def choose(policy: StepPolicy, rgb_HWC: NDArray[np.integer], state: StreamState)
         if not restless_YX.any():
             held = _Memory(before.reference_yx, before.ages_YX, since_full, before.held + 1)
             return Choice(0, held.tensors(), peak, 0.0)
-        rows, columns = _around(restless_YX.any(1)), _around(restless_YX.any(0))
+        rows, columns = _around(np.logical_or.reduce(restless_YX, axis=1)), _around(np.logical_or.reduce(restless_YX))
         area = (rows.stop - rows.start) * (columns.stop - columns.start) / restless_YX.size
         if policy.window_share is not None and area <= policy.window_share and since_full < policy.full_every:
             inside = (_of_cells(rows, cells_yx.shape[0]), _of_cells(columns, cells_yx.shape[1]))
