@@ -16,6 +16,7 @@ import torch
 from actors.errors import FailureClass, failure_class
 from pipeline.frames import frame_to_tensor
 from pipeline.shots import CutDetector
+from pipeline.step_policy import StepPolicy, choose
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +37,7 @@ class StepRequest:
 
     Attributes:
         steps: denoising steps; 0 for a plain resize, which is not made here: only the state advances.
+        policy: may lower `steps`, by what the frame shows, but not to 0.
         output_3HW: the restored frame, nominal [-1, 1], on the engine's device; None for a plain resize.
         reset: the stream had no memory at this frame. error: why there is no output; the state is as before then.
     """
@@ -45,6 +47,7 @@ class StepRequest:
     steps: int
     cut: bool = False
     find_cuts: bool = True
+    policy: StepPolicy | None = None
     output_3HW: Tensor | None = None
     index: int = 0
     reset: bool = False
@@ -130,6 +133,10 @@ class LiveEngine:
         if cut:
             state.reset()
         request.index, request.reset = state.index, state.is_first
+        if request.policy is not None and request.steps > 0:
+            choice = choose(request.policy.without_hold, request.rgb_HWC, state)
+            request.steps = min(request.steps, choice.level)
+            state.policy = choice.memory
 
     def _run(self, batch: list[StepRequest]) -> None:
         if not batch:

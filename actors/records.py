@@ -7,7 +7,7 @@ written last, so a segment without one does not exist.
 
 from __future__ import annotations
 
-from typing import NotRequired
+from typing import Any, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
@@ -19,7 +19,7 @@ FRAMEMD5_SUFFIX, LADDER_SUFFIX = ".framemd5", ".hls"
 class RowOptions(TypedDict):
     """How one video is to be restored. What is new is not required: a run keeps its id where it is not asked for."""
 
-    steps: int | None
+    steps: int | Literal["auto"] | None
     scale: int
     height: int | None
     codec: str | None
@@ -28,6 +28,7 @@ class RowOptions(TypedDict):
     pix_fmt: str
     encoder: NotRequired[str]
     fragmented: NotRequired[bool]  # an MP4 or MOV in fragments
+    step_policy: NotRequired[dict[str, Any]]  # of `pipeline.step_policy`, all of it, with steps "auto"
 
 
 class Row(TypedDict):

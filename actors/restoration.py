@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,9 @@ from infra.storage import storage_for, video_source
 from pipeline.frames import frame_to_tensor, tensor_to_frame
 from pipeline.segments import SegmentReport, SegmentWriter, segment_suffix
 from pipeline.state import StreamState
+from pipeline.static_windows import step_alone
+from pipeline.step_policy import StepPolicy, choose
+from pipeline.tiling import Window
 from pipeline.video import Deinterlace, Limits, VideoFrame, VideoReader
 
 if TYPE_CHECKING:
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 QUEUE_DEPTH = 4  # frames between decoder and model, and between model and encoder
-Step = Callable[["Tensor", StreamState, "int | None"], "Tensor"]
+Step = Callable[..., "Tensor"]  # (frame, state, steps), and the window where it alone is to be restored
 
 
 class Advance(NamedTuple):
@@ -103,8 +107,11 @@ class Restoration:
         from_start: bool = False,
     ) -> None:
         self._pipe, self._row = pipe, row
-        self._step_model: Step = step or (lambda frame, state, steps: pipe.step(frame, [state], steps=steps))
+        self._step_model: Step = step or partial(step_alone, pipe)
         self._options: RowOptions = json.loads(row["options"])
+        steps = self._options["steps"]
+        self._policy = StepPolicy.of(self._options["step_policy"]) if steps == "auto" else None
+        self._steps = None if steps == "auto" else steps
         self._encoder_options = encoder_options(self._options)
         self._store = ShotStore(row["segments"], row["states"], row["shot"], row["frames"], row["segment_frames"])
         saved = self._store.look()
@@ -236,8 +243,16 @@ class Restoration:
             yield Advance(done, self._done.popleft())
 
     def _step(self, rgb_HWC: Picture) -> Picture:
-        output_13HW = self._step_model(frame_to_tensor(rgb_HWC, self._pipe.device), self._state, self._options["steps"])
-        picture: Picture = tensor_to_frame(output_13HW[0], rgb_HWC.dtype)  # type: ignore[assignment]  # its own type
+        choice = None if self._policy is None else choose(self._policy, rgb_HWC, self._state)
+        if choice is not None and choice.level == 0:
+            output_3HW = self._state.hold()
+        else:
+            steps = self._steps if choice is None else choice.level
+            where = () if choice is None or choice.window is None else (Window(*choice.window),)
+            output_3HW = self._step_model(frame_to_tensor(rgb_HWC, self._pipe.device), self._state, steps, *where)[0]
+        if choice is not None:
+            self._state.policy = choice.memory
+        picture: Picture = tensor_to_frame(output_3HW, rgb_HWC.dtype)  # type: ignore[assignment]  # its own type
         return picture
 
     def _segment_end(self, done: int) -> _SegmentEnd | None:

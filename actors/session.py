@@ -218,7 +218,7 @@ class Session:
             if tensor is not None:
                 tensor.zero_()
         self.stream.reset()
-        self.stream.detector = {}
+        self.stream.detector, self.stream.policy = {}, {}
         self._waiting.clear()
 
     # Credit

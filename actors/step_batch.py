@@ -19,10 +19,12 @@ from torch import Tensor
 
 from actors.errors import FailureClass, TilesFixed, failure_class
 from pipeline.errors import MemoryLimitError
+from pipeline.static_windows import step_window
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
     from pipeline.state import StreamState
+    from pipeline.tiling import Window
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class _Request:
     frame_13HW: Tensor
     state: StreamState
     steps: int | None
+    window: Window | None = None
     output_13HW: Tensor | None = None
     error: BaseException | None = None
     taken: bool = field(default=False)
@@ -82,13 +85,16 @@ class StepBatch:
                 self._rows -= 1
                 self._changed.notify_all()
 
-    def step(self, frame_13HW: Tensor, state: StreamState, steps: int | None) -> Tensor:
+    def step(self, frame_13HW: Tensor, state: StreamState, steps: int | None, window: Window | None = None) -> Tensor:
         """Return the output (1,3,4h,4w) of the next frame (1,3,h,w) of one stream.
+
+        With a window only that is restored (`pipeline.static_windows`), and the frame goes by itself: no two windows
+        are of one size.
 
         Raises:
             PipelineError: as `StreamDiffVSRPipeline.step`; the states of the whole batch are as before.
         """
-        mine = _Request(frame_13HW, state, steps)
+        mine = _Request(frame_13HW, state, steps, window)
         patient_until = time.monotonic() + self._patience_s
         with self._changed:
             self._waiting.append(mine)
@@ -111,21 +117,28 @@ class StepBatch:
         return len(self._waiting) >= min(self._rows, self._largest)
 
     def _take(self, mine: _Request) -> list[_Request]:
-        alike = [one for one in self._waiting if one.frame_13HW.shape == mine.frame_13HW.shape and one is not mine]
-        batch = [mine, *alike][: self._largest]
+        others = [one for one in self._waiting if one is not mine and one.window is None]
+        alike = [one for one in others if one.frame_13HW.shape == mine.frame_13HW.shape]
+        batch = [mine, *alike][: self._largest] if mine.window is None else [mine]
         for one in batch:
             one.taken = True
             self._waiting.remove(one)
         self._busy = True
         return batch
 
+    def _restore(self, batch: list[_Request]) -> Tensor:
+        first = batch[0]
+        if first.window is not None:
+            return step_window(self._pipe, first.frame_13HW, first.state, first.steps, first.window)
+        return self._pipe.step(
+            torch.cat([one.frame_13HW for one in batch]),
+            [one.state for one in batch],
+            steps=[one.steps for one in batch],
+        )
+
     def _run(self, batch: list[_Request]) -> None:
         try:
-            output_B3HW = self._pipe.step(
-                torch.cat([one.frame_13HW for one in batch]),
-                [one.state for one in batch],
-                steps=[one.steps for one in batch],
-            )
+            output_B3HW = self._restore(batch)
         except BaseException as error:
             if len(batch) > 1 and failure_class(error) is FailureClass.OUT_OF_MEMORY:
                 half = len(batch) // 2

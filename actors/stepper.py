@@ -19,8 +19,10 @@ from actors.live_engine import LiveEngine, StepRequest
 from actors.session import Answer, Incoming, Session
 from infra.protocol import NO_FLAGS, Flag
 from infra.telemetry import Telemetry
+from pipeline.step_policy import StepPolicy
 
 logger = logging.getLogger(__name__)
+_POLICY = StepPolicy()
 
 
 @dataclass(slots=True, eq=False)
@@ -136,7 +138,12 @@ class Stepper:
                 continue
             assert frame.rgb_HWC is not None
             request = StepRequest(
-                frame.rgb_HWC, session.stream, level, cut=Flag.CUT in frame.flags, find_cuts=session.hello.cuts
+                frame.rgb_HWC,
+                session.stream,
+                level,
+                cut=Flag.CUT in frame.flags,
+                find_cuts=session.hello.cuts,
+                policy=_POLICY if session.hello.adaptive and not frame.replayed else None,
             )
             taken = _Taken(seat, frame, request, now)
             groups[id(seat.engine), frame.rgb_HWC.shape[:2]].append(taken)

@@ -214,6 +214,7 @@ class Hello(_Message):
     policy: Policy = Lossless()
     latency_ms: float | None = Field(default=None, gt=0, le=60_000)
     least_steps: Literal[0, 1, 2, 4] | None = None
+    adaptive: bool = False
     cuts: bool = True
     seed: int = Field(default=0, ge=0, lt=2**63)
     credentials: Credentials = Credentials()

@@ -8,6 +8,7 @@ in the user's configuration folder; its tables `[live]` and `[predictor]` belong
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ ENV_PREFIX = "UPRIVER_"
 LIVE_TABLE = "live"  # of the configuration file; `infra.live_settings` reads it
 PREDICTOR_TABLE = "predictor"  # `infra.predictor_settings` reads it
 _TABLES = (LIVE_TABLE, PREDICTOR_TABLE)
+_MOST_STEPS = 50
 _LOWEST_RUNG, _HIGHEST_RUNG = 16, 8640  # of an HLS ladder
 
 # The encoder's choices, as `pipeline.encoder_options` has them; a test holds the two together.
@@ -60,8 +62,12 @@ class Settings(LayeredSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX)
 
     model: str = Field(default="tiny", description="built-in name, folder or hub id of the model")
-    steps: int | None = Field(
-        default=None, ge=1, le=50, description="denoising steps per frame; none: the model's default"
+    steps: int | Literal["auto"] | None = Field(
+        default=None,
+        description="denoising steps a frame, 1 to 50; auto: chosen for each; none: the model's default",
+    )
+    step_policy: dict[str, float | tuple[float, ...] | None] = Field(
+        default={}, description="of `steps` auto, where it is to differ from what `pipeline.step_policy` has"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise; equal seeds give equal pictures")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N")
@@ -128,11 +134,26 @@ class Settings(LayeredSettings):
     )
     max_pixels: int = Field(default=8192 * 4320, ge=256, description="largest frame accepted, in pixels")
 
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _count(cls, value: object) -> object:
+        if value is None or value == "auto":
+            return value
+        number = int(value) if isinstance(value, float) and value.is_integer() else value
+        if not str(number).strip().isdecimal() or not 1 <= int(str(number)) <= _MOST_STEPS:
+            raise ValueError(f"it is a whole number from 1 to {_MOST_STEPS}, or auto")
+        return int(str(number))
+
     @field_validator("hls")
     @classmethod
     def _heights(cls, value: str | None) -> str | None:
         ladder_heights(value)
         return value
+
+    @property
+    def fixed_steps(self) -> int | None:
+        """Steps that every frame gets; None: the model's default, or with `auto` what the policy says."""
+        return None if self.steps == "auto" else self.steps
 
     def in_effect(self) -> Settings:
         """Return the settings as they are used: `exact` decides what would change bits, whatever else is said."""
@@ -253,6 +274,8 @@ def _environment(kind: type[LayeredSettings]) -> dict[str, Any]:
 
 
 def _as_text(value: object) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -201,7 +201,7 @@ def _run_published(clip: _Clip, checkout: Path, python: str) -> dict[str, Any]:
         "restored": str(clip.folder / "restored.npy"),
         "kept": COMPARED,
         "answer": str(answer),
-        "steps": clip.settings.steps or DEFAULT_STEPS,
+        "steps": clip.settings.fixed_steps or DEFAULT_STEPS,
         "noise_seed": NOISE_SEED,
         "raft": None if clip.raft is None else str(clip.raft),
         "device": clip.device,
@@ -242,7 +242,7 @@ def _run_upriver(pipe: StreamDiffVSRPipeline, clip: _Clip) -> tuple[list[float],
         pictures: list[NDArray[Any]] = []
         for frame in frames[:count]:
             began = time.perf_counter()
-            output_B3HW = pipe.step(frame_to_tensor(frame), [state], next(noise), steps=clip.settings.steps)
+            output_B3HW = pipe.step(frame_to_tensor(frame), [state], next(noise), steps=clip.settings.fixed_steps)
             picture = tensor_to_frame(output_B3HW[0], frame.dtype)
             times_ms.append(1000 * (time.perf_counter() - began))
             if len(pictures) < COMPARED:

@@ -147,19 +147,19 @@ def _measure_one(
     clock = StageClock(pipe.device)
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    first_ms = _first_frame_ms(pipe, width, height, batch, settings.steps)
+    first_ms = _first_frame_ms(pipe, width, height, batch, settings.fixed_steps)
     with metered(pipe, clock, fused=fused):
         if video:
-            step_ms = _from_file_to_file(pipe, width, height, batch, frames + WARM_UP, settings.steps, clock)
+            step_ms = _from_file_to_file(pipe, width, height, batch, frames + WARM_UP, settings.fixed_steps, clock)
         else:
             pictures = iter([scene(index, width, height) for index in range(frames + WARM_UP)])
-            step_ms = _run(pipe, pictures, batch, settings.steps, clock)
-    warm_ms = [_first_frame_ms(pipe, width, height, batch, settings.steps) for _ in range(FIRST_FRAMES)]
+            step_ms = _run(pipe, pictures, batch, settings.fixed_steps, clock)
+    warm_ms = [_first_frame_ms(pipe, width, height, batch, settings.fixed_steps) for _ in range(FIRST_FRAMES)]
     typical_ms = statistics.median(step_ms[WARM_UP:])
     stages = with_rest(clock.milliseconds(skip=WARM_UP), typical_ms, fused=fused)
     if not video:
         stages = {name: value for name, value in stages.items() if name in INSIDE or name not in STAGES}
-    flops = flops_by_stage(pipe, height, width, batch=batch, steps=settings.steps)
+    flops = flops_by_stage(pipe, height, width, batch=batch, steps=settings.fixed_steps)
     if fused:
         inside = sum(count for name, count in flops.items() if name != "flow")
         flops = {name: count for name, count in flops.items() if name == "flow"} | {"model": inside}
@@ -167,7 +167,7 @@ def _measure_one(
         model=settings.model,
         model_sha256="" if settings.model.startswith(PREFIX) else pipe.model_sha256,
         size=f"{width}x{height} -> {SCALE * width}x{SCALE * height}",
-        steps=settings.steps or DEFAULT_STEPS,
+        steps=settings.fixed_steps or DEFAULT_STEPS,
         frames=frames,
         device=str(pipe.device),
         dtype=str(pipe.dtype).removeprefix("torch."),

@@ -135,7 +135,7 @@ def _model_alone(pipe: StreamDiffVSRPipeline, settings: Settings, width: int, he
     for index in range(frames + WARM_UP):
         picture = scene(index, width, height)
         began = time.perf_counter()
-        restore(pipe, picture, states, settings.steps)
+        restore(pipe, picture, states, settings.fixed_steps)
         times_ms.append(1000 * (time.perf_counter() - began))
     return statistics.fmean(times_ms[WARM_UP:])
 
@@ -164,7 +164,7 @@ def _from_file_to_file(pipe: StreamDiffVSRPipeline, settings: Settings, clip: Pa
             ahead, behind = ReadAhead(iter(reader), DEPTH), WriteBehind(writer.write, DEPTH)
             try:
                 for frame in ahead:
-                    picture = restore(pipe, frame.rgb_HWC, states, settings.steps)[0]
+                    picture = restore(pipe, frame.rgb_HWC, states, settings.fixed_steps)[0]
                     behind.put(dataclasses.replace(frame, rgb_HWC=picture))
                     done_s.append(time.perf_counter() - began)
                 behind.finish()

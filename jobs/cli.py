@@ -32,8 +32,9 @@ from jobs.options import (
     Model,
     Scale,
     Source,
-    Steps,
+    StepsOrAuto,
     Threads,
+    count_or_word,
     start_logs,
 )
 
@@ -66,7 +67,7 @@ def restore(
     src: Source,
     dst: Destination,
     model: Model = None,
-    steps: Steps = None,
+    steps: StepsOrAuto = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -283,8 +284,8 @@ def restore(
     from jobs.restore import restore_command
 
     flags = {
-        "model": model, "steps": steps, "seed": seed, "device": device, "dtype": dtype, "backend": backend,
-        "flow": flow,
+        "model": model, "steps": count_or_word(steps), "seed": seed, "device": device, "dtype": dtype,
+        "backend": backend, "flow": flow,
         "scale": scale, "height": height, "codec": codec, "crf": crf, "preset": preset, "pix_fmt": pix_fmt,
         "encoder": encoder,
         "deinterlace": deinterlace, "cuts": cuts, "actors": actors, "threads": threads,

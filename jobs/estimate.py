@@ -95,7 +95,7 @@ def known_cost(root: str, settings: Settings, model_sha256: str, given: float | 
             None, f"nothing: no figure for {device} is known; give --seconds-per-megapixel, see `upriver bench`"
         )
     seconds, source = _STORED[device]
-    scaled = seconds * (settings.steps or _STORED_STEPS) / _STORED_STEPS
+    scaled = seconds * (settings.fixed_steps or _STORED_STEPS) / _STORED_STEPS  # with `auto`, what it takes at most
     return Cost(scaled, source)
 
 

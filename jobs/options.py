@@ -49,6 +49,15 @@ Steps = Annotated[
         show_default=False,
     ),
 ]
+StepsOrAuto = Annotated[
+    str | None,
+    typer.Option(
+        metavar="INTEGER|auto",
+        help="Denoising steps per frame: 4, 2 or 1, fewer is faster; auto: by what each frame shows. "
+        "[default: the model's]",
+        show_default=False,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]", show_default=False),
@@ -93,6 +102,11 @@ Height = Annotated[
     int | None,
     typer.Option(help="Output height in pixels instead of --scale.", show_default=False),
 ]
+
+
+def count_or_word(text: str | None) -> int | str | None:
+    """Return what was typed as a number where it is one: so a message shows it as it was typed."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def start_logs() -> None:

@@ -25,6 +25,8 @@ from infra.storage import video_source
 from jobs.errors import UsageError
 from jobs.records import Shot, VideoPlan
 from jobs.sources import Item
+from pipeline.errors import InputError
+from pipeline.step_policy import StepPolicy
 
 # Grows with every change that makes other shots or segments of the same source: older work is then not gone on with.
 PLAN_VERSION = 2
@@ -42,6 +44,7 @@ class PlanOptions:
         segment_seconds: length of a segment.
         deinterlace, cuts: as in the settings. max_pixels: largest frame accepted.
         split_seconds, warm_up_frames: longer shots become parts of that length, each after such a warm-up; None: never.
+        step_policy: of videos whose steps are "auto".
     """
 
     row: RowOptions
@@ -53,6 +56,7 @@ class PlanOptions:
     max_pixels: int
     split_seconds: float | None
     warm_up_frames: int
+    step_policy: dict[str, Any]
 
     def for_item(self, item: Item) -> PlanOptions:
         """Return the options with those that `item` has of its own."""
@@ -60,7 +64,8 @@ class PlanOptions:
         changed: dict[str, Any] = {name: own.pop(name) for name in ("seed", "deinterlace", "cuts") if name in own}
         if "scale" in own and "height" not in own:
             own["height"] = None  # a scale of its own beats the job's height
-        return replace(self, row=RowOptions(**{**self.row, **own}), **changed)  # type: ignore[typeddict-item]  # checked
+        row = RowOptions(**{**self.row, **own})  # type: ignore[typeddict-item]  # checked
+        return replace(self, row=_with_policy(row, self.step_policy), **changed)
 
 
 def plan_options(settings: Settings) -> PlanOptions:
@@ -89,8 +94,9 @@ def plan_options(settings: Settings) -> PlanOptions:
         row["encoder"] = settings.encoder
     if settings.fragmented:
         row["fragmented"] = True
+    policy = _step_policy(settings)
     return PlanOptions(
-        row=row,
+        row=_with_policy(row, policy),
         seed=settings.seed,
         numerics=_numerics(settings),
         segment_seconds=settings.segment_seconds,
@@ -99,7 +105,25 @@ def plan_options(settings: Settings) -> PlanOptions:
         max_pixels=settings.max_pixels,
         split_seconds=settings.split_seconds,
         warm_up_frames=settings.warm_up_frames,
+        step_policy=policy,
     )
+
+
+def _step_policy(settings: Settings) -> dict[str, Any]:
+    """The whole policy as plain values: what a run is told apart by, and what its manifest says."""
+    try:
+        return StepPolicy.of(dict(settings.step_policy)).model_dump(mode="json")
+    except InputError as error:
+        raise UsageError(error.message, code="step-policy", remedy=error.remedy) from error
+
+
+def _with_policy(row: RowOptions, policy: dict[str, Any]) -> RowOptions:
+    """Return the options with the policy where it has an effect, and without it elsewhere."""
+    row = RowOptions(**row)
+    row.pop("step_policy", None)
+    if row["steps"] == "auto":
+        row["step_policy"] = policy
+    return row
 
 
 def _numerics(settings: Settings) -> str:

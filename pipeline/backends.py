@@ -41,6 +41,12 @@ class Backend(Protocol):
         """Return what the core of this kind returns (B,3,H,W); the tensor is the caller's own."""
         ...
 
+    def restore(
+        self, kind: CoreKind, frames_B3hw: Tensor, latents_BChw: Tensor, warped_B3HW: Tensor, seen_B3HW: Tensor
+    ) -> Tensor:
+        """Return what `FrameCore.restore` returns for frames that come in many sizes, such as parts of frames."""
+        ...
+
     def forget(self) -> None:
         """Drop everything that was made for the networks as they were: they were moved or cast."""
         ...

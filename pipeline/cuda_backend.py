@@ -91,9 +91,7 @@ class CapturingBackend:
     def run(self, kind: CoreKind, inputs: CoreInputs) -> Tensor:
         """Return the outputs (B,3,H,W) in the dtype of the networks."""
         with self._lock:
-            if kind not in self._cores:
-                self._cores[kind] = FrameCore(self._pipe, kind).eval()
-            core = self._cores[kind]
+            core = self._core(kind)
             if self._record is None:
                 return core(*inputs.tensors)
             key = (kind, *((x.shape, x.dtype) for x in inputs.tensors))
@@ -111,6 +109,18 @@ class CapturingBackend:
                 buffer.copy_(x, non_blocking=True)
             recording.repeat()
             return recording.result.clone()
+
+    def restore(
+        self, kind: CoreKind, frames_B3hw: Tensor, latents_BChw: Tensor, warped_B3HW: Tensor, seen_B3HW: Tensor
+    ) -> Tensor:
+        """Return the outputs of parts of frames (B,3,H,W); they are of too many sizes to be recorded."""
+        with self._lock:
+            return self._core(kind).restore(frames_B3hw, latents_BChw, warped_B3HW, seen_B3HW)
+
+    def _core(self, kind: CoreKind) -> FrameCore:
+        if kind not in self._cores:
+            self._cores[kind] = FrameCore(self._pipe, kind).eval()
+        return self._cores[kind]
 
     def forget(self) -> None:
         """Record anew at the next step."""

@@ -63,11 +63,23 @@ class OpenVINOBackend:
     def run(self, kind: CoreKind, inputs: CoreInputs) -> Tensor:
         """Return the outputs (B,3,H,W) as fp32, stream after stream."""
         with self._lock:
-            if kind not in self._cores:
-                self._cores[kind] = _OpenVINOCore(self._pipe, kind, self._parts)
-            core = self._cores[kind]
+            core = self._core(kind)
             rows = range(len(inputs.frames_B3hw))
             return torch.cat([core(*(x[row : row + 1] for x in inputs.tensors)) for row in rows]).to(torch.float32)
+
+    def restore(
+        self, kind: CoreKind, frames_B3hw: Tensor, latents_BChw: Tensor, warped_B3HW: Tensor, seen_B3HW: Tensor
+    ) -> Tensor:
+        """Return the outputs of parts of frames (B,3,H,W), stream after stream."""
+        inputs = (frames_B3hw, latents_BChw, warped_B3HW, seen_B3HW)
+        with self._lock:
+            core = self._core(kind)
+            return torch.cat([core.restore(*(x[row : row + 1] for x in inputs)) for row in range(len(frames_B3hw))])
+
+    def _core(self, kind: CoreKind) -> _OpenVINOCore:
+        if kind not in self._cores:
+            self._cores[kind] = _OpenVINOCore(self._pipe, kind, self._parts)
+        return self._cores[kind]
 
     def forget(self) -> None:
         """Convert anew at the next step."""

@@ -4,7 +4,9 @@ Knows: which tensors and numbers make up a stream, how they are written to safet
 how files of an older schema are brought up to date. Does not know: models, noise, flow, cut detection.
 
 File format: one safetensors file. Tensors ``prev_output`` (3,4h,4w) and ``prev_input`` (3,h,w), absent before the first
-frame and after a cut, and ``detector.<name>``; one metadata entry, ``upriver_state``, with the other fields as JSON.
+frame and after a cut, ``detector.<name>`` and ``policy.<name>``; one metadata entry, ``upriver_state``, with the other
+fields as JSON. Tensors of other names are ignored, and those of detector and policy may be absent: so a name that is
+new there needs no new version. Whoever does not know it starts that memory afresh, and restores no pixel wrongly.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ SEED_LIMIT: Final = 2**64
 
 _METADATA_KEY: Final = "upriver_state"
 _DETECTOR_PREFIX: Final = "detector."
+_POLICY_PREFIX: Final = "policy."
 
 Fields = dict[str, Any]
 Upgrade = Callable[[Fields, dict[str, Tensor]], tuple[Fields, dict[str, Tensor]]]
@@ -51,6 +54,8 @@ class StreamState:
         prev_output_3HW: previous decoder output (3,4h,4w), raw: not clamped, not quantised, in the pipeline's dtype.
         prev_input_3HW: previous input frame (3,h,w) in [-1, 1], fp32, from which flow is computed.
         detector: tensors of the cut detector, by name. A reset keeps them: the detector compares across cuts.
+        policy: what `pipeline.step_policy` remembers, by name, always in main memory. It is replaced, never changed,
+            and a reset keeps it. Empty where no policy chooses the steps.
         version: schema version.
     """
 
@@ -62,6 +67,7 @@ class StreamState:
     prev_output_3HW: Tensor | None = None
     prev_input_3HW: Tensor | None = None
     detector: dict[str, Tensor] = field(default_factory=dict)
+    policy: dict[str, Tensor] = field(default_factory=dict)
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -89,7 +95,7 @@ class StreamState:
         self.index += 1
 
     def reset(self) -> None:
-        """Forget the previous frame, as a cut demands. Seed, index and the detector's tensors stay."""
+        """Forget the previous frame, as a cut demands. Seed, index, and what detector and policy remember stay."""
         self.height = self.width = None
         self.prev_output_3HW = self.prev_input_3HW = None
 
@@ -97,6 +103,23 @@ class StreamState:
         """Count one frame that was presented but not restored by the model; the next one starts as after a cut."""
         self.reset()
         self.index += 1
+
+    def hold(self) -> Tensor:
+        """Count one frame that looks like the last restored one; returns that one's output (3,4h,4w), which it gets.
+
+        Both pictures stay: they belong together, and flow goes on from the frame that was restored.
+
+        Raises:
+            StateError: there is no previous output.
+        """
+        if self.prev_output_3HW is None:
+            raise StateError(
+                f"Frame {self.index} has no previous output that could be held.",
+                code="state-hold",
+                remedy="Restore the first frame of a stream, and the first one after a cut.",
+            )
+        self.index += 1
+        return self.prev_output_3HW
 
     def require_model(self, model_sha256: str) -> None:
         """Raise StateError unless the state belongs to the model with this fingerprint."""
@@ -108,7 +131,7 @@ class StreamState:
             )
 
     def to(self, device: torch.device | str) -> StreamState:
-        """Move the tensors to `device` in place; return the state itself."""
+        """Move the tensors, but those of the policy, to `device` in place; return the state itself."""
         if self.prev_output_3HW is not None:
             self.prev_output_3HW = self.prev_output_3HW.to(device)
         if self.prev_input_3HW is not None:
@@ -119,6 +142,7 @@ class StreamState:
     def to_bytes(self) -> bytes:
         """Return the state as the bytes of a safetensors file; `load` restores every tensor bit for bit."""
         tensors = {_DETECTOR_PREFIX + name: tensor for name, tensor in self.detector.items()}
+        tensors |= {_POLICY_PREFIX + name: tensor for name, tensor in self.policy.items()}
         if self.prev_output_3HW is not None and self.prev_input_3HW is not None:
             tensors |= {"prev_output": self.prev_output_3HW, "prev_input": self.prev_input_3HW}
         fields: Fields = {
@@ -179,17 +203,18 @@ class StreamState:
                 width=fields["width"],
                 prev_output_3HW=tensors.get("prev_output"),
                 prev_input_3HW=tensors.get("prev_input"),
-                detector={
-                    key.removeprefix(_DETECTOR_PREFIX): tensor
-                    for key, tensor in tensors.items()
-                    if key.startswith(_DETECTOR_PREFIX)
-                },
+                detector=_named(tensors, _DETECTOR_PREFIX),
+                policy=_named(tensors, _POLICY_PREFIX),
             )
         except KeyError as error:
             raise _unreadable(str(name), f"the field {error} is missing") from error
         if model_sha256 is not None:
             state.require_model(model_sha256)
         return state if device is None else state.to(device)
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _parse(data: bytes, name: str) -> tuple[Fields, dict[str, Tensor]]:

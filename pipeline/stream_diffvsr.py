@@ -30,6 +30,7 @@ from pipeline.backends import Backend, choose_backend, make_backend, run_groups,
 from pipeline.checkpoint import fingerprint, load_checkpoint, save_extras
 from pipeline.errors import InputError
 from pipeline.flow import FlowEstimator, FlowName, FlowSize, make_flow
+from pipeline.frame_core import CoreKind, FrameCore
 from pipeline.frames import frame_to_tensor, shrink_to_multiple_of_4, tensor_to_frame
 from pipeline.memory import Tiler
 from pipeline.noise import NoiseCache, frame_noise
@@ -352,6 +353,21 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         for state, output_3HW, input_3HW in zip(states, outputs, own_inputs, strict=True):
             state.advance(output_3HW, input_3HW)
         return result
+
+    @torch.no_grad()
+    def restore_warped(
+        self, frames_B3hw: Tensor, latents_BChw: Tensor, warped_B3HW: Tensor, steps: int | None
+    ) -> Tensor:
+        """Return the decoder's output (B,3,4h,4w) for frames whose previous outputs were warped by the caller.
+
+        No state is read or changed: this is for parts of frames (`pipeline.static_windows`).
+
+        Raises:
+            ScheduleError: an impossible number of steps.
+        """
+        kind = CoreKind(True, self._schedule(steps), self.guidance)
+        inputs = (frames_B3hw, latents_BChw, warped_B3HW, warped_B3HW)
+        return FrameCore(self, kind).restore(*inputs) if self._backend is None else self._backend.restore(kind, *inputs)
 
     def __call__(
         self,

@@ -258,7 +258,7 @@ def predict_in_tiles(
         with _norms_replaced(networks if shared else (), statistics.apply):
             for core in _run(cores, device):
                 seen = core.grown(margin, height, width)
-                part = predict(row, seen).to(torch.float32) * _ramps(core, seen, UNET_BLEND, device)
+                part = predict(row, seen).to(torch.float32) * blend_ramps(core, seen, UNET_BLEND, device)
                 seen.of(total[row : row + 1]).add_(part)
     return total
 
@@ -274,12 +274,12 @@ def flow_in_tiles(flow: FlowEstimator, current_B3hw: Tensor, previous_B3hw: Tens
         seen = core.grown(FLOW_BLEND + FLOW_CONTEXT, height, width)
         for b in range(batch):
             part = flow(seen.of(current_B3hw[b : b + 1]).contiguous(), seen.of(previous_B3hw[b : b + 1]).contiguous())
-            ramps = _ramps(core.times(SCALE), seen.times(SCALE), FLOW_BLEND * SCALE, part.device)
+            ramps = blend_ramps(core.times(SCALE), seen.times(SCALE), FLOW_BLEND * SCALE, part.device)
             seen.times(SCALE).of(total[b : b + 1]).add_(part * ramps)
     return total
 
 
-def _ramps(core: Window, seen: Window, blend: int, device: torch.device) -> Tensor:
+def blend_ramps(core: Window, seen: Window, blend: int, device: torch.device) -> Tensor:
     """Return the weight (h,w) of every pixel of `seen`: one inside `core`, falling linearly to zero across its borders.
 
     The weights of neighbouring tiles add up to one. There is no ramp where the tile ends with the frame.

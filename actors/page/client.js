@@ -52,6 +52,7 @@ const STRAY = new Set([DROP_REASONS.indexOf("repeated"), DROP_REASONS.indexOf("o
  * @property {{kind: "lossless"} | {kind: "newest"} | {kind: "deadline", ms: number, late?: "drop" | "resize"}} [policy]
  * @property {number} [latency_ms]
  * @property {0 | 1 | 2 | 4} [least_steps]
+ * @property {boolean} [adaptive]
  * @property {boolean} [cuts]
  * @property {number} [seed]
  */

@@ -52,6 +52,27 @@ async def answers_of(service: LiveService, hello: Hello) -> list[LiveAnswer]:
         return answers
 
 
+def test_an_adaptive_stream_says_which_steps_it_took_and_is_replayed_by_them(tiny: LiveEngine) -> None:
+    hello = Hello(width=64, height=48, codec_in="raw", codec_out="raw", seed=11, adaptive=True)
+
+    async def answers() -> list[LiveAnswer]:
+        async with asyncio.timeout(60), LiveStream(service.url, hello) as stream:
+            found = []
+            for number in (0, 1, 2, 2, 2, CUT, 4, 5):
+                await stream.send_picture(frame(number), cut=number == CUT)
+                found.append(await anext(stream))
+            return found
+
+    with live_service(LiveConfig(), engine=tiny) as service:
+        given = asyncio.run(answers())
+    log = [entry for answer in given if (entry := LogEntry.from_header(answer.header)) is not None]
+    levels = [entry.level for entry in log]
+    assert levels[0] == levels[5] == 4 and levels[3:5] == [1, 1] and 0 not in levels
+    again = replay(tiny.pipe, log, lambda number: frame((0, 1, 2, 2, 2, CUT, 4, 5)[number]), seed=11)
+    for answer, picture in zip(given, again, strict=True):
+        assert np.mean(np.abs(answer.picture().astype(int) - picture) <= 1) >= 0.999, answer.id
+
+
 @pytest.mark.parametrize("scale", [4, 2])
 def test_a_replay_is_equivalent_to_what_was_sent(scale: Any, tiny: LiveEngine) -> None:
     hello = Hello(width=64, height=48, scale=scale, codec_in="raw", codec_out="raw", seed=11)

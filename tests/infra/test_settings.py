@@ -73,6 +73,22 @@ def test_an_impossible_environment_value_names_the_variable(monkeypatch: pytest.
         load_settings()
 
 
+def test_steps_are_a_number_or_auto_and_a_policy_travels_to_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPRIVER_STEPS", "2")
+    assert load_settings().values.fixed_steps == 2
+    monkeypatch.setenv("UPRIVER_STEPS", "auto")
+    monkeypatch.setenv("UPRIVER_STEP_POLICY", '{"levels": [4, 1], "shares": [0.1], "static_levels": null}')
+    loaded = load_settings()
+    assert loaded.values.steps == "auto" and loaded.values.fixed_steps is None
+    for name, value in loaded.environment().items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().values.step_policy == {"levels": (4.0, 1.0), "shares": (0.1,), "static_levels": None}
+    for wrong in ("some", "0", "51", "-1", "1.5", "²"):
+        monkeypatch.setenv("UPRIVER_STEPS", wrong)
+        with pytest.raises(SettingsError, match="1 to 50, or auto"):
+            load_settings()
+
+
 def test_an_unknown_name_in_the_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="colour"):
         load_settings(config_file=write(tmp_path / "u.toml", "colour = 1\n"))

@@ -180,6 +180,22 @@ def test_the_run_id_changes_with_whatever_changes_the_result(tmp_path: Path) -> 
     assert named(max_pixels=1000) == base  # a limit changes no picture
 
 
+def test_the_policy_of_steps_is_part_of_a_run_where_it_has_an_effect() -> None:
+    def named(own: dict[str, object] | None = None, **settings: object) -> str:
+        return run_id(Item("a", "b", "a", 1, "v1", overrides=own or {}), options_for(**settings), "model")
+
+    shorter = {"longest_hold": 3}
+    assert len({named(), named(steps="auto"), named(steps="auto", step_policy=shorter), named(steps=4)}) == 4
+    assert named(step_policy=shorter) == named(), "a policy that nobody asks for tells no runs apart"
+    assert named(step_policy=shorter, steps="auto", own={"steps": 2}) == named(steps=2)
+    assert named(step_policy=shorter, own={"steps": "auto"}) == named(step_policy=shorter, steps="auto")
+    row = options_for(steps="auto", step_policy=shorter).row
+    assert row["step_policy"]["longest_hold"] == 3 and row["step_policy"]["levels"] == [4, 2, 1], "defaults as well"
+    assert row["step_policy"]["version"] == 1 and "step_policy" not in options_for().row
+    with pytest.raises(UsageError, match="holds"):
+        options_for(steps="auto", step_policy={"holds": 3})
+
+
 def test_tiles_are_part_of_an_exact_run_and_of_no_other() -> None:
     def named(**settings: object) -> str:
         return run_id(Item("a", "b", "a", 1, "v1"), options_for(**settings), "model")
