@@ -66,7 +66,7 @@ class Settings(LayeredSettings):
         default="auto",
         description="number format of the model; auto: bf16 where the hardware computes in it, else fp32",
     )
-    flow: Literal["auto", "dis", "raft", "zero"] = Field(
+    flow: Literal["auto", "dis", "net", "raft", "raft-small", "zero"] = Field(
         default="auto", description="motion estimator; auto: the model's"
     )
     scale: int = Field(default=4, ge=2, le=4, description="output size over input size")
