@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -165,7 +164,7 @@ class SpyNet(nn.Module):
         return upscale_flow(flow * torch.tensor([width / sides[1], height / sides[0]]).view(1, 2, 1, 1))
 
 
-def random_raft(folder: Path) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def random_raft(folder: Path) -> dict[str, RAFTFlow]:
     """Return RAFT in its variants with random weights, for cost alone; none where torchvision is not installed.
 
     Beside a torch without CUDA, torchvision may lie in a folder of its own (`make venv` puts it there) and lack its
@@ -183,7 +182,7 @@ def random_raft(folder: Path) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     files = {"large": folder / "raft_large.safetensors", "small": folder / "raft_small.safetensors"}
     save_file(raft_large(weights=None).state_dict(), files["large"])
     save_file(raft_small(weights=None).state_dict(), files["small"])
-    return {
+    estimators = {
         "raft (output size, 12 updates)": RAFTFlow("output", files["large"]),
         "raft, 4 updates": RAFTFlow("output", files["large"], updates=4),
         "raft at input size": RAFTFlow("input", files["large"]),
@@ -191,3 +190,7 @@ def random_raft(folder: Path) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         "raft-small (input size)": RAFTFlow("input", files["small"], variant="small"),
         "raft-small at output size": RAFTFlow("output", files["small"], variant="small"),
     }
+    frame = torch.zeros(1, 3, 16, 16)
+    for estimator in estimators.values():
+        estimator(frame, frame)  # reads the weights, while the files are there
+    return estimators

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline import FlowError
+from pipeline import FlowError, StreamDiffVSRPipeline
 from pipeline.flow import NET_WEIGHTS, NetFlow, make_flow, upscale_flow
 from pipeline.flow_net import FlowNet, correlate, least_squares, warp
 from pipeline.frames import frame_to_tensor
-from pipeline.memory import allocated_by
+from pipeline.memory import allocated_by, estimate
 from tests.moving_texture import make_clip
 
 SIZES = [(16, 16), (17, 33), (16, 200), (61, 83)]
@@ -151,3 +151,15 @@ def test_correlation_is_highest_at_the_shift() -> None:
 def test_upscaled_flow_keeps_the_meaning(net: NetFlow) -> None:
     frames = pair(32, 48)
     torch.testing.assert_close(net(*frames), upscale_flow(net.network(*frames)))
+
+
+def test_the_engine_runs_with_it_and_its_memory_is_known(net: NetFlow, model_folder: Path) -> None:
+    pipe = StreamDiffVSRPipeline.from_pretrained(model_folder, flow="net")
+    current, previous = pair(32, 48)
+    state, other = pipe.start(), pipe.start()
+    for frame, flow in ((previous, None), (current, net(current, previous))):
+        found = pipe.step(frame, [state], steps=1)
+        assert torch.equal(found, pipe.step(frame, [other], steps=1, flow_B2HW=flow))
+    with_net = estimate(pipe, 64, 96)
+    pipe.flow = make_flow("zero")
+    assert with_net.weights - estimate(pipe, 64, 96).weights == sum(p.nbytes for p in net.network.parameters()) + 12
