@@ -1,11 +1,11 @@
 """Estimators of flow against each other: time, memory, error on known flow, and what it does to the model's output.
 
-    python -m benchmarks.flow [--spynet FILE] [--all] > benchmarks/flow-DATE-MACHINE.md
+    python -m benchmarks.flow [--spynet FILE] [--all] [--parts known clips] [--only net dis] > OUT.md
 
-1. Cost: milliseconds of one pair (least of three, estimators taking turns, one thread) and the memory that a call takes
-   beyond what the process held, each measured in a process of its own. RAFT has random weights here: its cost does not
-   depend on them, and its errors are left out; it is timed once. At output size it is measured up to 320x180, and its
-   memory at 480x270 counted instead, unless `--all` is given.
+1. Cost: milliseconds of a processor for one pair (least of three, estimators taking turns, one thread: on an idle
+   machine that is the time it takes) and the memory by which a call makes the process grow at its peak. RAFT has random
+   weights here: its cost does not depend on them, and its errors are left out; it is called once. At output size it is
+   measured up to 320x180, and its memory at 480x270 counted instead, unless `--all` is given.
 2. Known flow: simulated cameras (`pipeline.motion`) over frames of the held-out clips, half of them with something
    moving in front; degraded to input size; endpoint error in output pixels.
 3. Held-out clips: how well the true previous frame, warped, predicts the true current one; and the built-in model's
@@ -17,15 +17,15 @@
 from __future__ import annotations
 
 import argparse
-import os
+import ctypes
 import statistics
-import struct
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -95,28 +95,15 @@ def moved_pair(height: int, width: int) -> tuple[Tensor, Tensor]:
     ].contiguous()
 
 
-def in_a_child(work: Callable[[], object]) -> tuple[float, float]:
-    """Return by how much a process grows while it does `work`, in MiB, and the milliseconds that it takes."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        work_failed = 1
-        try:
-            before = _resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")
-            began = time.perf_counter()
-            work()
-            ms = (time.perf_counter() - began) * 1000
-            os.write(writing, struct.pack("dd", (_resident("VmHWM") - before) / 1024, ms))
-            work_failed = 0
-        finally:
-            os._exit(work_failed)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read()
-    os.waitpid(child, 0)
-    mib, ms = struct.unpack("dd", told) if told else (float("nan"), float("nan"))
-    return mib, ms
+def measured(work: Callable[[], object]) -> tuple[float, float]:
+    """Return by how much the process grows while it does `work`, in MiB, and the milliseconds that it takes."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not at hand again
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    began = time.process_time()
+    work()
+    ms = (time.process_time() - began) * 1000
+    return (_resident("VmHWM") - before) / 1024, ms
 
 
 def _resident(name: str) -> int:
@@ -139,13 +126,13 @@ def measure_costs(rows: dict[str, Row], known: dict[str, Estimate], rafts: dict[
             for name, estimate in together.items():
                 work = _work(estimate, current, previous)
                 if turn == 0:
-                    rows[name].mib[size], ms = in_a_child(work)
+                    rows[name].mib[size], ms = measured(work)
                     if name.startswith(SLOW):
                         spent[name] = [ms]
                 elif not name.startswith(SLOW):
-                    began = time.perf_counter()
+                    began = time.process_time()
                     work()
-                    spent.setdefault(name, []).append((time.perf_counter() - began) * 1000)
+                    spent.setdefault(name, []).append((time.process_time() - began) * 1000)
         for name, times in spent.items():
             rows[name].ms[size] = min(times)
         for name in rafts.keys() - together.keys():
@@ -276,16 +263,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--spynet", help="safetensors file of the yardstick")
     parser.add_argument("--all", action="store_true", help="also RAFT at an output size of 1920x1080")
-    parser.add_argument("--clips", nargs="*", default=["walk", "street", "portrait", "city"])
-    parser.add_argument("--frames", type=int, default=6)
+    parser.add_argument("--clips", nargs="*", default=["walk", "street", "portrait"])
+    parser.add_argument("--frames", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="estimators by the names of their rows")
     parser.add_argument("--parts", nargs="*", default=["costs", "known", "clips"])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     torch.set_grad_enabled(False)
     began = time.perf_counter()
-    known = estimators(options.spynet)
+    known = {n: e for n, e in estimators(options.spynet).items() if not options.only or n in options.only}
     with tempfile.TemporaryDirectory() as scratch:
         rafts = random_raft(Path(scratch))
+        rafts = {n: e for n, e in rafts.items() if not options.only or n in options.only}
         rows = {name: Row() for name in [*known, *rafts]}
         if "costs" in options.parts:
             measure_costs(rows, known, rafts, options.all)
