@@ -79,7 +79,7 @@ class Settings(LayeredSettings):
         default="auto",
         description="what runs the model; auto: OpenVINO on a CPU where it is installed, CUDA graphs on a GPU",
     )
-    flow: Literal["auto", "dis", "raft", "zero"] = Field(
+    flow: Literal["auto", "dis", "net", "raft", "raft-small", "zero"] = Field(
         default="auto", description="motion estimator; auto: the model's"
     )
     scale: int = Field(default=4, ge=2, le=4, description="output size over input size")

@@ -166,14 +166,19 @@ def _device(loaded: LoadedSettings, findings: Findings) -> dict[str, Any]:
 
 
 def _flow(loaded: LoadedSettings, findings: Findings) -> dict[str, Any]:
+    torchvision = importlib.util.find_spec("torchvision") is not None
     found = {
         "dis": importlib.util.find_spec("cv2") is not None,
-        "raft": importlib.util.find_spec("torchvision") is not None,
+        "net": True,
+        "raft": torchvision,
+        "raft-small": torchvision,
         "zero": True,
         "asked_for": loaded.values.flow,
     }
     if not found.get(loaded.values.flow, True):
-        remedy = "Install torchvision, or use --flow dis." if loaded.values.flow == "raft" else "Install OpenCV."
+        remedy = (
+            "Install torchvision, or use --flow dis." if loaded.values.flow.startswith("raft") else "Install OpenCV."
+        )
         findings.problems.append(
             Problem(f"The flow estimator {loaded.values.flow} is not installed.", remedy, int(ExitCode.MODEL))
         )

@@ -78,7 +78,7 @@ BackendOption = Annotated[
     ),
 ]
 Flow = Annotated[
-    Literal["auto", "dis", "raft", "zero"] | None,
+    Literal["auto", "dis", "net", "raft", "raft-small", "zero"] | None,
     typer.Option(
         help="Motion estimator; auto is the model's own. [default: auto]",
         show_default=False,

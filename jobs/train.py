@@ -1,16 +1,25 @@
-"""`upriver train`: the three stages of the method, the autoencoder before them, and packing of training data.
+"""`upriver train`: the stages of the method, the autoencoder before them, the flow network, packing of training data.
 
 Imports neither Ray nor OpenCV, so that a lean GPU machine needs torch, diffusers, accelerate and av alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Train a model: autoencoder, then stage1, stage2, stage3.")
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import Console
+
+    from pipeline.objectives import TrainConfig
+
+app = typer.Typer(
+    no_args_is_help=True, help="Train a model: autoencoder, then stage1, stage2, stage3; or the flow network."
+)
 
 Data = Annotated[list[Path], typer.Option("--data", help="Folder or file of pictures and videos; repeat for more.")]
 Out = Annotated[Path, typer.Option("--out", help="Run folder; an unfinished run there is resumed.")]
@@ -35,33 +44,41 @@ Precision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16 or f
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the process.")]
 
 
-def build_config(stage: str, options: dict[str, Any], extra: list[str]) -> Any:
+Configuration = TypeVar("Configuration", bound="BaseModel")
+
+
+def build_config(stage: str, options: dict[str, Any], extra: list[str]) -> TrainConfig:
     """Merge the stage's defaults, the flags and `NAME=VALUE` extras into a `TrainConfig`.
 
     Raises UsageError naming the option that is wrong.
     """
+    from pipeline.objectives import DEFAULTS, TrainConfig
+
+    return _merged(TrainConfig, {"stage": stage} | DEFAULTS[stage] | options, extra)
+
+
+def _merged(kind: type[Configuration], values: dict[str, Any], extra: list[str]) -> Configuration:
     import json
 
     from pydantic import ValidationError
 
     from jobs.errors import UsageError
-    from pipeline.objectives import DEFAULTS, TrainConfig
 
-    values: dict[str, Any] = {"stage": stage} | DEFAULTS[stage] | options
+    values = dict(values)
     for item in extra:
         name, separator, text = item.partition("=")
-        if not separator or name not in TrainConfig.model_fields:
+        if not separator or name not in kind.model_fields:
             raise UsageError(
                 f"--set {item!r} names no field of the training configuration.",
                 code="train-option",
-                remedy=f"Fields: {', '.join(sorted(TrainConfig.model_fields))}.",
+                remedy=f"Fields: {', '.join(sorted(kind.model_fields))}.",
             )
         try:
             values[name] = json.loads(text)
         except json.JSONDecodeError:
             values[name] = text
     try:
-        return TrainConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(
@@ -71,11 +88,9 @@ def build_config(stage: str, options: dict[str, Any], extra: list[str]) -> Any:
         ) from error
 
 
-def run_stage(stage: str, extra: list[str], **options: Any) -> Path:
-    """Train one stage and return the folder of its model; progress goes to standard error."""
+def _reporter() -> tuple[Console, Callable[[int, dict[str, float]], None]]:
+    """Return the console of standard error, and what prints a line of figures there."""
     from rich.console import Console
-
-    from pipeline.training import Trainer
 
     console = Console(stderr=True)
 
@@ -83,6 +98,14 @@ def run_stage(stage: str, extra: list[str], **options: Any) -> Path:
         line = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         console.print(f"{iteration:7d}  {line}", highlight=False, soft_wrap=True)
 
+    return console, report
+
+
+def run_stage(stage: str, extra: list[str], **options: Any) -> Path:
+    """Train one stage and return the folder of its model; progress goes to standard error."""
+    from pipeline.training import Trainer
+
+    console, report = _reporter()
     folder = Trainer(build_config(stage, options, extra), report).run()
     console.print(f"Model: {folder}", soft_wrap=True)
     return folder
@@ -132,6 +155,41 @@ _register("autoencoder", 3000, "Train the autoencoder from its closed-form start
 _register("stage1", 6000, "Distil the U-Net by rollout: every denoising step unrolled, losses on latent and picture.")
 _register("stage2", 1000, "Train the decoder's Temporal Processor Modules.")
 _register("stage3", 2000, "Train ARTG, the guidance by the warped previous output.")
+
+
+@app.command()
+def flow(
+    data: Data,
+    out: Out,
+    iterations: Iterations = 4500,
+    minutes: Minutes = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Clips of three frames per iteration.")] = 4,
+    crop: Annotated[int, typer.Option("--crop", min=32, help="Side of a clip in input pixels.")] = 96,
+    learning_rate: Rate = 1.5e-3,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    threads: Threads = 1,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other field of FlowTrainConfig as NAME=VALUE; repeat."),
+    ] = None,
+) -> None:
+    """Train the flow network, without labels: on simulated cameras over pictures, and on real clips."""
+    from pipeline.flow_training import FlowTrainConfig, FlowTrainer
+
+    flags = {
+        "data": data,
+        "out": out,
+        "iterations": iterations,
+        "minutes": minutes,
+        "batch": batch,
+        "crop": crop,
+        "learning_rate": learning_rate,
+        "device": device,
+        "threads": threads,
+    }
+    console, report = _reporter()
+    weights = FlowTrainer(_merged(FlowTrainConfig, flags, set_ or []), report).run()
+    console.print(f"Weights: {weights}", soft_wrap=True)
 
 
 @app.command()

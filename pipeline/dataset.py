@@ -217,7 +217,7 @@ class TrainingData:
         pictures = pictures or self.pictures
         if not pictures:
             return self._from_clip(rng, frames, side)
-        picture = self._crop_around(rng, side, pictures)
+        picture = self.crop_around(rng, side, pictures)
         if frames == 1:
             top, left = ((size - side) // 2 for size in picture.shape[1:])
             return picture[None, :, top : top + side, left : left + side], torch.zeros(0, 2, side, side)
@@ -226,14 +226,14 @@ class TrainingData:
         camera = draw_camera(rng, frames, centre, speed, 0.01)
         hr, flow = render(picture, camera, side), flow_of(camera, side)
         if rng.random() < 0.35:  # something moves in front: occlusion and disocclusion
-            front = self._crop_around(rng, side, pictures)
+            front = self.crop_around(rng, side, pictures)
             second = draw_camera(rng, frames, (front.shape[2] / 2, front.shape[1] / 2), 8.0, 0.02)
             mask = ellipse_mask(second, side, radius=float(rng.uniform(0.15, 0.35)) * side)
             hr = torch.lerp(hr, render(front, second, side), mask)
             flow = torch.where(mask[1:] > 0.5, flow_of(second, side), flow)
         return hr.clamp(0, 1), flow
 
-    def _crop_around(self, rng: np.random.Generator, side: int, pictures: list[list[np.ndarray]]) -> Tensor:
+    def crop_around(self, rng: np.random.Generator, side: int, pictures: list[list[np.ndarray]]) -> Tensor:
         """Return a random picture's crop (3,h,w) in [0, 1], with room for the camera to move where the picture has it.
 
         Of three places the one with the most detail is taken: much of a photograph is sky or blur that teaches little.

@@ -1,8 +1,8 @@
-"""Optical flow between an input frame and the one before it, at output size, by one of four estimators.
+"""Optical flow between an input frame and the one before it, at output size, by an estimator of the caller's choice.
 
-Knows: RAFT (torchvision), DIS (OpenCV), zero flow, and flow that the caller gives; how small and odd frames are
-padded; how flow at input size becomes flow at output size. Does not know: streams, the warp. OpenCV and torchvision
-are imported only by the estimator that needs them.
+Knows: RAFT (torchvision), DIS (OpenCV), the network of our own (`flow_net.py`), zero flow, and flow that the caller
+gives; how small and odd frames are padded; how flow at input size becomes flow at output size. Does not know: streams,
+the warp. OpenCV and torchvision are imported only by the estimator that needs them.
 
 Shapes: B batch, h w input size, H W = 4h 4w output size. Frames are in [-1, 1]. Flow is in output pixels, fp32,
 channel 0 = dx, 1 = dy, from the current frame to the previous one.
@@ -24,9 +24,12 @@ from torch import Tensor
 from pipeline.errors import FlowError
 
 SCALE: Final = 4
-FlowName = Literal["raft", "dis", "zero", "given"]
+FlowName = Literal["raft", "raft-small", "dis", "net", "zero", "given"]
 FlowSize = Literal["input", "output"]
+NET_WEIGHTS: Final = Path(__file__).parent / "models" / "flow" / "net.safetensors"
 
+_NAMES: Final = "raft, raft-small, dis, net, zero or given"
+_RAFT_UPDATES: Final = 12
 _RAFT_MULTIPLE: Final = 8
 _RAFT_MINIMUM: Final = 128
 _DIS_MINIMUM: Final = 32
@@ -112,7 +115,8 @@ class DISFlow:
         height, width = pairs.shape[-2:]
         padded = _pad(pairs.flatten(0, 1), minimum=_DIS_MINIMUM).unflatten(0, pairs.shape[:2])
         grey_2Bhw = _grey_levels(padded).numpy()
-        # an object of its own for every call: it keeps buffers, and calls may come from several threads
+        # an object of its own for every call: it keeps buffers, and calls may come from several threads. The faster
+        # presets do not give the same flow every time
         estimator: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         if self.size == "input":
             # the preset stops at half size; on frames this small going on to full size removes a quarter of the error
@@ -129,32 +133,102 @@ class DISFlow:
         return self
 
 
+class NetFlow:
+    """The network of our own (`flow_net.FlowNet`): at input size, on the frames' device, in torch operations alone.
+
+    So it can live in the graph that the model is compiled into, and costs no trip to the CPU, unlike DIS.
+
+    Args:
+        weights: a safetensors file that `upriver train flow` wrote; None takes the one that comes with the package.
+
+    Raises:
+        FlowError: the weights cannot be read or do not fit.
+    """
+
+    name = "net"
+
+    def __init__(self, weights: str | os.PathLike[str] | None = None) -> None:
+        from pipeline.flow_net import FlowNet
+
+        path = NET_WEIGHTS if weights is None else Path(weights)
+        self._model: torch.nn.Module = FlowNet()
+        try:
+            stored = {name: value.to(torch.float32) for name, value in _read_weights(path).items()}
+            self._model.load_state_dict(stored)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise FlowError(
+                f"The weights of the flow network cannot be loaded from {path}: {error}.",
+                code="flow-net-weights",
+                remedy="Name a file that `upriver train flow` wrote, or choose flow='dis'.",
+            ) from error
+        self._model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, current_B3hw: Tensor, previous_B3hw: Tensor) -> Tensor:
+        """Return the flow (B,2,4h,4w); computed in fp32 on the frames' device."""
+        model = self._model.to(current_B3hw.device)
+        return upscale_flow(model(current_B3hw.to(torch.float32), previous_B3hw.to(torch.float32)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network; return the estimator."""
+        self._model.to(device)
+        return self
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The network: ``network(current_B3hw, previous_B3hw)`` is the flow (B,2,h,w) in input pixels."""
+        return self._model
+
+    def without_data(self) -> NetFlow:
+        """Return an estimator of this kind whose network has sizes but no data (device "meta"), to count its memory."""
+        from pipeline.flow_net import FlowNet
+
+        twin = NetFlow.__new__(NetFlow)
+        with torch.device("meta"):
+            twin._model = FlowNet().eval().requires_grad_(False)
+        return twin
+
+
 class RAFTFlow:
-    """RAFT-large of torchvision (Teed and Deng, arXiv 2003.12039): what the published checkpoints were trained with.
+    """RAFT of torchvision (Teed and Deng, arXiv 2003.12039); published checkpoints were trained with RAFT-large.
 
     Args:
         size: ``"output"`` estimates on frames enlarged by bicubic interpolation, as published. Its correlation volume
             holds (H/8 W/8)^2 fp32 numbers: 0.8 GiB for 1280x720, 60 GiB for 3840x2160. ``"input"`` estimates on the
             frames as they are and enlarges the vectors: 256 times less memory, other results.
-        weights: a safetensors file with the weights of torchvision's ``raft_large``; None takes torchvision's default
-            weights from its cache, or downloads them there, at the first call.
+        weights: a safetensors file with the weights of torchvision's ``raft_large`` or ``raft_small``; None takes
+            torchvision's default weights from its cache, or downloads them there, at the first call.
+        variant: ``"large"``, or ``"small"`` with a fifth of the weights.
+        updates: how often the estimate is refined; torchvision's default is 12, fewer is faster.
 
     Raises:
         FlowError: torchvision is not installed or not for this torch (at once); the weights cannot be had or do not fit
             (at the first call).
     """
 
-    name = "raft"
-
-    def __init__(self, size: FlowSize = "output", weights: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        size: FlowSize = "output",
+        weights: str | os.PathLike[str] | None = None,
+        *,
+        variant: Literal["large", "small"] = "large",
+        updates: int = _RAFT_UPDATES,
+    ) -> None:
         _import_raft()  # a missing or mismatched torchvision shows now, not at the second frame
+        if updates < 1:
+            raise FlowError(
+                f"RAFT cannot refine its estimate {updates} times.", code="flow-updates", remedy="Ask for 1 or more."
+            )
+        self.name = "raft" if variant == "large" else "raft-small"
         self.size = size
         self.weights = weights
+        self.variant = variant
+        self.updates = updates
         self._model: torch.nn.Module | None = None
 
     @torch.no_grad()
     def __call__(self, current_B3hw: Tensor, previous_B3hw: Tensor) -> Tensor:
-        """Return the last of RAFT's twelve estimates (B,2,4h,4w); computed in fp32 on the frames' device."""
+        """Return the last of RAFT's estimates (B,2,4h,4w); computed in fp32 on the frames' device."""
         model = self._loaded().to(current_B3hw.device)
         current, previous = current_B3hw.to(torch.float32), previous_B3hw.to(torch.float32)
         if self.size == "output":
@@ -163,7 +237,7 @@ class RAFTFlow:
         current, previous = (
             _pad(frame, minimum=_RAFT_MINIMUM, multiple=_RAFT_MULTIPLE) for frame in (current, previous)
         )
-        flow = model(current, previous)[-1][..., :height, :width]
+        flow = model(current, previous, num_flow_updates=self.updates)[-1][..., :height, :width]
         return flow.contiguous() if self.size == "output" else upscale_flow(flow)
 
     def to(self, device: torch.device | str) -> Self:
@@ -174,46 +248,51 @@ class RAFTFlow:
 
     def without_data(self) -> RAFTFlow:
         """Return an estimator of this kind whose network has sizes but no data (device "meta"), to count its memory."""
-        twin = RAFTFlow(self.size)
+        twin = RAFTFlow(self.size, variant=self.variant, updates=self.updates)
         with torch.device("meta"):
-            twin._model = _import_raft().raft_large(weights=None, progress=False).eval().requires_grad_(False)
+            twin._model = self._built().eval().requires_grad_(False)
         return twin
+
+    def _built(self) -> torch.nn.Module:
+        raft = _import_raft()
+        model: torch.nn.Module = getattr(raft, f"raft_{self.variant}")(weights=None, progress=False)
+        return model
 
     def _loaded(self) -> torch.nn.Module:
         if self._model is None:
-            model: torch.nn.Module = _import_raft().raft_large(weights=None, progress=False)
+            model = self._built()
             try:
                 model.load_state_dict(self._read_weights())
             except RuntimeError as error:
-                raise _no_weights(self.weights, "they do not fit raft_large") from error
+                raise _no_weights(self.weights, f"they do not fit raft_{self.variant}") from error
             self._model = model.eval().requires_grad_(False)
         return self._model
 
     def _read_weights(self) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
             if self.weights is not None:
-                return load_file(self.weights)
-            url = _import_raft().Raft_Large_Weights.DEFAULT.url
+                return _read_weights(self.weights)
+            raft = _import_raft()
+            published = raft.Raft_Large_Weights if self.variant == "large" else raft.Raft_Small_Weights
             # weights_only: a restricted reader that runs no code from the file
             weights: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+                published.DEFAULT.url, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
             return weights
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise _no_weights(self.weights, str(error)) from error
 
 
 def make_flow(
     name: str, *, size: FlowSize | None = None, raft_weights: str | os.PathLike[str] | None = None
 ) -> FlowEstimator:
-    """Return the estimator with this name: ``raft``, ``dis``, ``zero`` or ``given``.
+    """Return the estimator with this name: ``raft``, ``raft-small``, ``dis``, ``net``, ``zero`` or ``given``.
+
+    Further arguments of an estimator are those of its class.
 
     Args:
-        size: where RAFT and DIS estimate; None is each one's default (RAFT: output, DIS: input).
-        raft_weights: see `RAFTFlow`.
+        size: where RAFT and DIS estimate; None is each one's default (RAFT: output, RAFT-small and DIS: input).
+        raft_weights: of RAFT-large, see `RAFTFlow`.
 
     Raises:
         FlowError: an unknown name, or an estimator whose library is not installed.
@@ -221,15 +300,17 @@ def make_flow(
     match name:
         case "raft":
             return RAFTFlow(size or "output", raft_weights)
+        case "raft-small":
+            return RAFTFlow(size or "input", variant="small")
         case "dis":
             return DISFlow(size or "input")
+        case "net":
+            return NetFlow()
         case "zero":
             return ZeroFlow()
         case "given":
             return GivenFlow()
-    raise FlowError(
-        f"There is no flow estimator {name!r}.", code="flow-unknown", remedy="Choose raft, dis, zero or given."
-    )
+    raise FlowError(f"There is no flow estimator {name!r}.", code="flow-unknown", remedy=f"Choose {_NAMES}.")
 
 
 def upscale_frames(frames_B3hw: Tensor) -> Tensor:
@@ -249,6 +330,17 @@ def _pad(frames_BChw: Tensor, *, minimum: int, multiple: int = 1) -> Tensor:
     if (wanted_h, wanted_w) == (height, width):
         return frames_BChw
     return F.pad(frames_BChw, (0, wanted_w - width, 0, wanted_h - height), mode="replicate")
+
+
+def _read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a safetensors file; what is none raises ValueError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def _grey_levels(frames: Tensor) -> Tensor:

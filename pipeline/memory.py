@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import MemoryLimitError
-from pipeline.flow import SCALE, FlowEstimator, RAFTFlow, ZeroFlow, upscale_flow
+from pipeline.flow import SCALE, FlowEstimator, NetFlow, RAFTFlow, ZeroFlow, upscale_flow
 from pipeline.state import StreamState
 from pipeline.tiling import SMALLEST_TILE, TilePlan
 
@@ -103,7 +103,7 @@ def fits(pipe: StreamDiffVSRPipeline, limit_bytes: int, height: int, width: int,
     sides = [side for side in _SIDES if side < longest] or [SMALLEST_TILE]
     least = TilePlan(decoder=sides[-1])
     needed = needs(least)
-    if needed > limit_bytes and pipe.flow.name == "raft":
+    if needed > limit_bytes and pipe.flow.name.startswith("raft"):
         least, needed = _largest(sides, lambda side: replace(least, flow=side), needs, limit_bytes)
     if needed > limit_bytes:
         unet_sides = [longest, *sides] if batch > 1 else sides
@@ -196,7 +196,7 @@ class Tiler:
         rehearsal = _Rehearsal(pipe)
         before = rehearsal.estimate(height, width, batch, self.plan).step
         plan = self.plan
-        for part in ("decoder", "unet", "flow") if pipe.flow.name == "raft" else ("decoder", "unet"):
+        for part in ("decoder", "unet", "flow") if pipe.flow.name.startswith("raft") else ("decoder", "unet"):
             side = (getattr(plan, part) or max(height, width)) // 2
             if side >= SMALLEST_TILE:
                 plan = replace(plan, **{part: side})
@@ -241,6 +241,8 @@ class _Rehearsal:
         self._weights = sum(_bytes(module) for module in networks.values())
         if isinstance(self._flow, RAFTFlow):
             self._weights += _bytes(self._flow._loaded())
+        elif isinstance(self._flow, NetFlow):
+            self._weights += _bytes(self._flow.network)
 
     def estimate(self, height: int, width: int, batch: int, plan: TilePlan) -> MemoryEstimate:
         latent = (batch, self.pipe.vae.config.latent_channels, height, width)
@@ -322,7 +324,7 @@ class _DISWithoutData:
 
 def _flow_without_data(flow: FlowEstimator) -> FlowEstimator:
     """Return an estimator that allocates what `flow` would; of an unknown one, its result alone is counted."""
-    if isinstance(flow, RAFTFlow):
+    if isinstance(flow, RAFTFlow | NetFlow):
         return flow.without_data()
     if flow.name == "dis":
         return _DISWithoutData(getattr(flow, "size", "input"))

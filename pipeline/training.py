@@ -23,8 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.closed_form import fit_projection, initialise
@@ -33,6 +31,7 @@ from pipeline.errors import PipelineError
 from pipeline.losses import discriminator_loss
 from pipeline.objectives import Objective, TrainConfig
 from pipeline.restorer import SCHEDULES, SIZES, ModelSize, Restorer
+from pipeline.training_state import load_optimiser, optimiser_tensors, part, read_tensors, write_tensors
 
 SNAPSHOT_LIMIT_BYTES = 15 * 2**20
 MODEL_CONFIG: dict[str, object] = {
@@ -178,7 +177,7 @@ class Trainer:
         The same stage goes on from the weights themselves (`_resume` adds averages and discriminator); another stage
         starts from the averages, which are what would have been shipped.
         """
-        tensors, metadata = _read(path)
+        tensors, metadata = read_tensors(path)
         if "size" not in metadata:
             raise TrainingError(
                 f"{path} is no snapshot of a training run", code="training-init", remedy="Write one with --snapshot."
@@ -187,9 +186,9 @@ class Trainer:
         restorer.history = json.loads(metadata["history"])
         if "stage3" in restorer.history:
             restorer.add_guidance(restorer.size.conditioning)
-        weights = _part(tensors, "model.")
+        weights = part(tensors, "model.")
         if metadata["stage"] != self.config.stage:
-            weights |= _part(tensors, "average.")
+            weights |= part(tensors, "average.")
         restorer.load_state_dict({name: value.float() for name, value in weights.items()})
         return restorer
 
@@ -315,17 +314,17 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{k}": v for k, v in self.restorer.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.values.items()}
-        tensors |= _optimiser_tensors("optimiser", self.optimiser)
+        tensors |= optimiser_tensors("optimiser", self.optimiser)
         if self.objective.discriminator is not None and self.judge_optimiser is not None:
             tensors |= {f"judge.{k}": v for k, v in self.objective.discriminator.state_dict().items()}
-            tensors |= _optimiser_tensors("judge_optimiser", self.judge_optimiser)
+            tensors |= optimiser_tensors("judge_optimiser", self.judge_optimiser)
         self.restorer.history[self.config.stage] = self.earlier_iterations + self.iteration
         metadata = {
             "iteration": str(self.iteration),
             "config": self.config.model_dump_json(),
             "history": json.dumps(self.restorer.history),
         }
-        _write(tensors, out / "state.safetensors", metadata)
+        write_tensors(tensors, out / "state.safetensors", metadata)
         self.average.swap(self.restorer)
         try:
             self.restorer.save(out / "model", MODEL_CONFIG)
@@ -357,14 +356,14 @@ class Trainer:
             "size": self.restorer.size.model_dump_json(),
             "config": json.dumps(public),
         }
-        _write(tensors, path, metadata)
+        write_tensors(tensors, path, metadata)
 
     def _resume(self) -> None:
         """Go on with the run folder's state; else take averages and discriminator from a snapshot of the same stage."""
         state = self.config.out / "state.safetensors"
         init = self.config.init
         if state.exists():
-            tensors, metadata = _read(state)
+            tensors, metadata = read_tensors(state)
             stage = json.loads(metadata["config"])["stage"]
             if stage != self.config.stage:
                 raise TrainingError(
@@ -372,22 +371,22 @@ class Trainer:
                     code="training-resume",
                     remedy="Choose another --out folder, or pass the finished stage's model as --init.",
                 )
-            self.restorer.load_state_dict(_part(tensors, "model."))
+            self.restorer.load_state_dict(part(tensors, "model."))
             self.iteration = int(metadata["iteration"])
             self.restorer.history = json.loads(metadata["history"])
             self.earlier_iterations = self.restorer.history.get(stage, 0) - self.iteration
-            _load_optimiser(self.optimiser, _part(tensors, "optimiser."))
+            load_optimiser(self.optimiser, part(tensors, "optimiser."))
             if self.judge_optimiser is not None:
-                _load_optimiser(self.judge_optimiser, _part(tensors, "judge_optimiser."))
+                load_optimiser(self.judge_optimiser, part(tensors, "judge_optimiser."))
         elif init is not None and init.is_file():
-            tensors, metadata = _read(init)
+            tensors, metadata = read_tensors(init)
             if metadata["stage"] != self.config.stage:
                 tensors = {key: value for key, value in tensors.items() if key.startswith("judge.")}
         else:
             return
-        for name, value in _part(tensors, "average.").items():
+        for name, value in part(tensors, "average.").items():
             self.average.values[name].copy_(value)
-        judge = _part(tensors, "judge.")
+        judge = part(tensors, "judge.")
         if self.objective.discriminator is not None and judge:
             self.objective.discriminator.load_state_dict(judge)
 
@@ -408,39 +407,3 @@ class _Distributed(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         return self.wrapped(*args, **kwargs)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata() or {}
-    return load_file(path), metadata
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write beside the target, then rename: an interrupted save leaves the previous one intact."""
-    temporary = path.with_name(path.name + ".part")
-    save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, temporary, metadata)
-    temporary.replace(path)
-
-
-def _optimiser_tensors(prefix: str, optimiser: Any) -> dict[str, Tensor]:
-    """Flatten an optimiser's moments: state is safetensors too, nothing is ever pickled."""
-    state = optimiser.state_dict()["state"]
-    return {
-        f"{prefix}.{index}.{name}": torch.as_tensor(value)
-        for index, values in state.items()
-        for name, value in values.items()
-    }
-
-
-def _load_optimiser(optimiser: Any, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    full = optimiser.state_dict()
-    optimiser.load_state_dict({"state": state, "param_groups": full["param_groups"]})

@@ -88,7 +88,7 @@ def test_names() -> None:
     for name in ("dis", "zero", "given"):
         assert make_flow(name).name == name
         assert isinstance(make_flow(name), FlowEstimator)
-    with pytest.raises(FlowError, match=r"'farneback'.*raft, dis, zero or given"):
+    with pytest.raises(FlowError, match=r"'farneback'.*raft, raft-small, dis, net, zero or given"):
         make_flow("farneback")
 
 
@@ -115,11 +115,12 @@ def raft_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     elif importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed for the tests; `make venv` installs it")
     from safetensors.torch import save_file
-    from torchvision.models.optical_flow import raft_large
+    from torchvision.models.optical_flow import raft_large, raft_small
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("raft") / "raft_large.safetensors"
     save_file(raft_large(weights=None).state_dict(), path)
+    save_file(raft_small(weights=None).state_dict(), path.with_name("raft_small.safetensors"))
     yield path
     if str(folder) in sys.path:
         sys.path.remove(str(folder))
@@ -156,6 +157,34 @@ def test_raft_pads_to_its_smallest_size_and_crops(raft_weights: Path) -> None:
 def test_raft_at_input_size(raft_weights: Path) -> None:
     estimator = make_flow("raft", size="input", raft_weights=raft_weights)
     assert estimator(*pair(17, 33)).shape == (1, 2, 68, 132)
+
+
+def test_raft_with_fewer_updates_gives_an_earlier_estimate(raft_weights: Path) -> None:
+    from torchvision.models.optical_flow import raft_large
+
+    current, previous = pair(128, 136)
+    flow = RAFTFlow("input", raft_weights, updates=3)(current, previous)
+    model = raft_large(weights=None).eval()
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(raft_weights))
+    with torch.no_grad():
+        estimates = model(current, previous)
+    assert len(estimates) == 12
+    torch.testing.assert_close(flow, upscale_flow(estimates[2]))
+    with pytest.raises(FlowError, match="0 times"):
+        RAFTFlow(updates=0)
+
+
+def test_raft_small(raft_weights: Path) -> None:
+    small = raft_weights.with_name("raft_small.safetensors")
+    estimator = RAFTFlow("input", small, variant="small")
+    assert estimator.name == "raft-small"
+    assert estimator(*pair(17, 33)).shape == (1, 2, 68, 132)
+    by_name = make_flow("raft-small", raft_weights=raft_weights)  # the checkpoint's weights are those of RAFT-large
+    assert isinstance(by_name, RAFTFlow) and (by_name.size, by_name.weights) == ("input", None)
+    with pytest.raises(FlowError, match=r"do not fit raft_small"):
+        RAFTFlow("input", raft_weights, variant="small")(*pair(32, 32))
 
 
 def test_the_memory_of_raft_is_counted_without_running_it(raft_weights: Path) -> None:
