@@ -45,7 +45,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/app: pyproject.toml constraints.txt $(STAMPS)/torch
-	@$(PIP) -e .
+	@$(PIP) -e ".[openvino]"
 	@touch $@
 
 # torchvision lends RAFT to the tests. It is built for CUDA only: beside a torch without CUDA every library that finds it
