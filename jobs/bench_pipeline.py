@@ -85,7 +85,7 @@ def pipeline_command(request: BenchRequest) -> int:
     heading = [
         f"{settings.model}, {str(dtype).removeprefix('torch.')} on {pipe.device}, flow {pipe.flow.name}, "
         f"backend {pipe.backend}, {threads} threads, {hardware_name()}, torch {torch.__version__}",
-        f"encoder: {settings.codec or 'h264'}, preset {settings.preset}, on the CPU; decoder on the CPU; "
+        f"encoder: {settings.codec or 'h264'}, preset {settings.preset}, {settings.encoder}; decoder on the CPU; "
         f"at most {DEPTH} pictures between two threads; no Ray",
     ]
     document: dict[str, Any] = {
@@ -155,7 +155,13 @@ def _from_file_to_file(pipe: StreamDiffVSRPipeline, settings: Settings, clip: Pa
     from jobs.bench_measure import restore
     from pipeline.video import EncoderOptions, VideoReader, VideoWriter
 
-    options = EncoderOptions(codec=settings.codec, crf=settings.crf, preset=settings.preset, pix_fmt=settings.pix_fmt)
+    options = EncoderOptions(
+        codec=settings.codec,
+        crf=settings.crf,
+        preset=settings.preset,
+        pix_fmt=settings.pix_fmt,
+        encoder=settings.encoder,
+    )
     states, done_s = [pipe.start()], []
     began = time.perf_counter()
     with VideoReader(clip) as reader:

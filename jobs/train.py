@@ -27,7 +27,7 @@ Init = Annotated[
     Path | None, typer.Option("--init", help="Where to start: a model folder (RUN/model) or a snapshot file.")
 ]
 Snapshot = Annotated[
-    Path | None, typer.Option("--snapshot", help="Also write a resumable snapshot of at most 15 MB to this file.")
+    Path | None, typer.Option("--snapshot", help="Also write a resumable snapshot of at most 20 MB to this file.")
 ]
 Size = Annotated[str, typer.Option("--size", help="tiny or small; only where nothing is loaded.")]
 Iterations = Annotated[int, typer.Option("--iterations", min=1, help="Length of the learning-rate schedule.")]

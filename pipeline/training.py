@@ -33,7 +33,7 @@ from pipeline.objectives import Objective, TrainConfig
 from pipeline.restorer import SCHEDULES, SIZES, ModelSize, Restorer
 from pipeline.training_state import load_optimiser, optimiser_tensors, part, read_tensors, write_tensors
 
-SNAPSHOT_LIMIT_BYTES = 15 * 2**20
+SNAPSHOT_LIMIT_BYTES = 20_000_000
 MODEL_CONFIG: dict[str, object] = {
     "warp": "exact",
     "flow": "dis",
@@ -334,7 +334,7 @@ class Trainer:
             self.write_snapshot(self.config.snapshot)
 
     def write_snapshot(self, path: Path) -> None:
-        """Write weights and averages as fp16 with step and seed; at most 15 MB, so that runs add up across machines."""
+        """Write weights and averages as fp16 with step and seed; at most 20 MB, so that runs add up across machines."""
         keep = {k: v for k, v in self.restorer.state_dict().items() if v.is_floating_point()}
         tensors = {f"model.{k}": v.half() for k, v in keep.items()}
         tensors |= {f"average.{k}": v.half() for k, v in self.average.values.items()}
