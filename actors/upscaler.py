@@ -125,7 +125,9 @@ class Upscaler:
 
                 began = time.perf_counter()
                 device = choose_device(self._options.device)
-                backend = choose_backend(self._options.backend, device)
+                # a limit is kept by the reference alone: what a backend needs is not in the estimate
+                limited = self._options.memory_gb is not None
+                backend = choose_backend("eager" if limited else self._options.backend, device)
                 pipe = open_engine(
                     local_model(self._options.model),
                     torch_dtype=choose_dtype(self._options.dtype, device, backend),

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -172,7 +173,7 @@ class _Parts:
     def _identity(self, name: str) -> str:
         """Return a hash over all that a converted form depends on."""
         pipe = self._pipe
-        versions = (_openvino().__version__, torch.__version__, _own_code())
+        versions = (_openvino().__version__, torch.__version__, diffusers.__version__, _own_code())
         parts = (pipe.model_sha256, str(pipe.unet.dtype), name, *versions)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 

@@ -336,7 +336,9 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         latents = self._initial_latents(frames_B3hw, states, noise_B4HW)
 
         # 4. Denoise and decode: all networks as one function where that can be, otherwise one after the other
-        if self._backend is not None and plan.is_whole and callback_on_step_end is None:
+        # What a backend needs is not in the estimate that keeps a limit.
+        is_free = plan.is_whole and self.memory_limit_bytes is None and callback_on_step_end is None
+        if self._backend is not None and is_free:
             output_B3HW = run_groups(
                 self._backend.run, self.guidance, frames_B3hw, latents, schedules, past.pictures, past.flow_L2HW, later
             )

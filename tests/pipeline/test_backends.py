@@ -269,6 +269,12 @@ def test_callbacks_and_tiles_take_the_reference(pipe: StreamDiffVSRPipeline) -> 
     assert seen == [0, 1, 2, 3] and not used
     pipe.step(clip(1)[0], [pipe.start()])
     assert used == ["whole"]
+    pipe.memory_limit_bytes = 8 << 30
+    try:
+        pipe.step(clip(1)[0], [pipe.start()])
+    finally:
+        pipe.memory_limit_bytes = None
+    assert used == ["whole"], "what a backend needs is not in the estimate that keeps the limit"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
