@@ -19,6 +19,7 @@ from infra.storage import storage_for
 from jobs.plan import plan_options, plan_video, rows_of
 from jobs.sources import Item
 from pipeline.segments import SegmentWriter
+from pipeline.video import VideoReader
 from tests.random_model import save_random_model
 from tests.video_files import make_bad_files, make_video_files
 
@@ -267,3 +268,38 @@ def test_another_version_or_unseen_files_are_refused(
     assert run(other, row)[-1]["details"]["code"] == "worker-version"
     unseen = run(actor, row_of(videos["mjpeg_avi"], tmp_path / "gone"))[-1]["details"]
     assert unseen["code"] == "worker-sees-no-file" and str(tmp_path / "gone") in unseen["message"]
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "numerics"), [(None, "bfloat16 by openvino"), (8.0, "float32")], ids=["free", "within a limit"]
+)
+def test_the_backend_that_is_asked_for_restores_and_is_told(
+    engine: EngineOptions,
+    actor: Upscaler,
+    videos: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    memory_gb: float | None,
+    numerics: str,
+) -> None:
+    """With a limit the reference runs, in whatever format suits it there: a backend's need is not in the estimate."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dtype = "bf16" if memory_gb is None else "fp32"
+    other = dataclasses.replace(engine, backend="openvino", dtype=dtype, memory_gb=memory_gb)
+    pictures = []
+    for name, one in (("reference", actor), ("asked", Upscaler(dataclasses.asdict(other)))):
+        row = row_of(videos["mjpeg_avi"], tmp_path / name)
+        records = run(one, row)
+        segments = [json.loads(path.read_text()) for path in sorted((tmp_path / name / "segments").glob("*.json"))]
+        assert records[-1]["kind"] == "done" and segments
+        assert {segment["dtype"] for segment in segments} == {"float32" if name == "reference" else numerics}
+        pictures.append(
+            [
+                frame.rgb_HWC
+                for segment in segments
+                for frame in VideoReader(tmp_path / name / "segments" / segment["name"])
+            ]
+        )
+    assert len(pictures[0]) == len(pictures[1]) == row["frames"]
+    worst = max(np.abs(a.astype(int) - b.astype(int)).mean() for a, b in zip(*pictures, strict=True))
+    assert worst < 1.5  # levels, through the encoder
