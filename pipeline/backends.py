@@ -12,6 +12,7 @@ Shapes: B streams of the batch, L those with a previous frame, h w input size, H
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Literal, Protocol, get_args
 
@@ -25,6 +26,8 @@ from pipeline.schedule import Schedule
 
 if TYPE_CHECKING:
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+
+logger = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "eager", "openvino", "graph", "compiled"]
 BACKENDS: Final[tuple[str, ...]] = get_args(BackendName)
@@ -69,18 +72,17 @@ def choose_backend(wanted: str, device: str) -> str:
             f"There is no backend {wanted!r}.", code="backend-unknown", remedy=f"Choose one of {', '.join(BACKENDS)}."
         )
     kind = torch.device(device).type
-    installed = importlib.util.find_spec("openvino") is not None
     if wanted == "auto":
-        return {"cpu": "openvino" if installed else "eager", "cuda": "graph"}.get(kind, "eager")
+        return {"cpu": "openvino" if _openvino_runs() else "eager", "cuda": "graph"}.get(kind, "eager")
     if wanted == "openvino" and kind != "cpu":
         raise BackendError(
             f"The backend 'openvino' runs on the CPU, not on {device}.",
             code="backend-device",
             remedy="Use --device cpu, or --backend auto.",
         )
-    if wanted == "openvino" and not installed:
+    if wanted == "openvino" and not _openvino_runs():
         raise BackendError(
-            "The backend 'openvino' needs OpenVINO, which is not installed.",
+            "The backend 'openvino' needs OpenVINO, which is not installed or does not run here.",
             code="backend-missing",
             remedy="Install it by `pip install 'upriver[openvino]'`, or use --backend eager.",
         )
@@ -91,6 +93,20 @@ def choose_backend(wanted: str, device: str) -> str:
             remedy="Use --backend auto.",
         )
     return wanted
+
+
+def _openvino_runs() -> bool:
+    """Whether OpenVINO is installed, and its libraries are such as this machine can load."""
+    if importlib.util.find_spec("openvino") is None:
+        return False
+    from pipeline.openvino_backend import import_openvino
+
+    try:
+        import_openvino()
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.warning("OpenVINO is installed but cannot be used: %s", error)
+        return False
+    return True
 
 
 def make_backend(name: str, pipe: StreamDiffVSRPipeline, dtype: torch.dtype) -> Backend | None:

@@ -173,7 +173,7 @@ class _Parts:
     def _identity(self, name: str) -> str:
         """Return a hash over all that a converted form depends on."""
         pipe = self._pipe
-        versions = (_openvino().__version__, torch.__version__, diffusers.__version__, _own_code())
+        versions = (import_openvino().__version__, torch.__version__, diffusers.__version__, _own_code())
         parts = (pipe.model_sha256, str(pipe.unet.dtype), name, *versions)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -197,7 +197,7 @@ class _Part(nn.Module):
 
 
 @cache
-def _openvino() -> Any:
+def import_openvino() -> Any:
     """Return the package, imported without the part that reports its use to its makers.
 
     Without it OpenVINO takes a stub of its own. Nobody who restores an archive has agreed to be reported.
@@ -210,7 +210,7 @@ def _openvino() -> Any:
 
 @cache
 def _core() -> Any:
-    return _openvino().Core()
+    return import_openvino().Core()
 
 
 @cache
@@ -227,7 +227,7 @@ def _convert_quietly(part: nn.Module, examples: tuple[Tensor, ...], shapes: list
     with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(part, examples, check_trace=False, strict=False)
-        return _openvino().convert_model(traced, example_input=examples, input=shapes)
+        return import_openvino().convert_model(traced, example_input=examples, input=shapes)
 
 
 def _keep(model: Any, place: Path) -> None:
@@ -235,7 +235,7 @@ def _keep(model: Any, place: Path) -> None:
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _openvino().save_model(model, partial / "model.xml", compress_to_fp16=False)
+        import_openvino().save_model(model, partial / "model.xml", compress_to_fp16=False)
         partial.rename(place)
     except (OSError, RuntimeError) as error:
         logger.info("the converted model is not kept: %s", error)

@@ -115,6 +115,17 @@ def test_without_openvino_a_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPa
         choose_backend("openvino", "cpu")
 
 
+def test_an_openvino_that_cannot_be_loaded_is_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise OSError("libtbb.so.12: cannot open shared object file")
+
+    monkeypatch.setattr("pipeline.openvino_backend.import_openvino", fails)
+    assert choose_backend("auto", "cpu") == "eager"
+    assert "libtbb" in caplog.text
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("which", ["pipe", "tiny", "attending"])
 def test_the_whole_frame_as_one_function_changes_no_picture(
