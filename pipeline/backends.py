@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, Literal, Protocol, get_args
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import BackendError
-from pipeline.frame_core import CoreInputs, CoreKind
-from pipeline.options import Guidance
-from pipeline.schedule import Schedule
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # choosing a backend must not import diffusers: a stand-in has no use for it
+    from pipeline.frame_core import CoreInputs, CoreKind
+    from pipeline.options import Guidance
+    from pipeline.schedule import Schedule
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
 logger = logging.getLogger(__name__)
@@ -95,12 +98,22 @@ def choose_backend(wanted: str, device: str) -> str:
     return wanted
 
 
+@cache
+def import_openvino() -> Any:
+    """Return the package, imported without the part that reports its use to its makers.
+
+    Without it OpenVINO takes a stub of its own. Nobody who restores an archive has agreed to be reported.
+    """
+    sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))  # importing it now raises ImportError
+    import openvino
+
+    return openvino
+
+
 def _openvino_runs() -> bool:
     """Whether OpenVINO is installed, and its libraries are such as this machine can load."""
     if importlib.util.find_spec("openvino") is None:
         return False
-    from pipeline.openvino_backend import import_openvino
-
     try:
         import_openvino()
     except (ImportError, OSError, RuntimeError) as error:
@@ -145,6 +158,8 @@ def run_groups(
         flow_L2HW: their flow; None where nothing is warped.
         later: their numbers, in the same order.
     """
+    from pipeline.frame_core import CoreInputs, CoreKind
+
     groups: dict[CoreKind, list[int]] = {}
     for row, schedule in enumerate(schedules):
         groups.setdefault(CoreKind(row in later, schedule, guidance), []).append(row)

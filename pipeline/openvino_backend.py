@@ -17,18 +17,17 @@ import io
 import logging
 import os
 import shutil
-import sys
 import threading
 import warnings
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
+from pipeline.backends import import_openvino
 from pipeline.frame_core import CoreInputs, CoreKind, FrameCore
 from pipeline.model_source import cache_folder
 from pipeline.schedule import Schedule
@@ -194,18 +193,6 @@ class _Part(nn.Module):
                 return self._owner.predict(*tensors, *[None] * (3 - len(tensors)))
             case _:
                 return self._owner.decode(*tensors, *[None] * (2 - len(tensors)))
-
-
-@cache
-def import_openvino() -> Any:
-    """Return the package, imported without the part that reports its use to its makers.
-
-    Without it OpenVINO takes a stub of its own. Nobody who restores an archive has agreed to be reported.
-    """
-    sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))  # importing it now raises ImportError
-    import openvino
-
-    return openvino
 
 
 @cache

@@ -164,6 +164,7 @@ def test_what_there_is_not_is_refused_in_the_same_shape(
     assert answer.status_code == status and set(answer.json()) == REFUSAL
 
 
+@pytest.mark.slow
 def test_requests_made_from_the_document(
     service: LiveService, key: tuple[str, Path], document: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

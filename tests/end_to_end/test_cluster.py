@@ -52,6 +52,7 @@ def ledger(area: Path) -> list[dict[str, object]]:
     return [json.loads(line) for path in area.rglob("ledger.jsonl") for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_film_is_restored_by_two_nodes_and_is_the_same(cluster: RayCluster, expected: list[str]) -> None:
     """Neither node has an Upriver of its own: what they run came from the driver."""
     result = cluster.shared / "two.mp4"

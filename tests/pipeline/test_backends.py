@@ -115,13 +115,23 @@ def test_without_openvino_a_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPa
         choose_backend("openvino", "cpu")
 
 
+def test_choosing_is_quick() -> None:
+    """A stand-in has no use for diffusers, which takes seconds to import."""
+    script = (
+        "import sys\nfrom pipeline.backends import choose_backend\n"
+        "assert choose_backend('auto', 'cpu') == 'openvino'\nprint('diffusers' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
+
+
 def test_an_openvino_that_cannot_be_loaded_is_none(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails() -> None:
         raise OSError("libtbb.so.12: cannot open shared object file")
 
-    monkeypatch.setattr("pipeline.openvino_backend.import_openvino", fails)
+    monkeypatch.setattr("pipeline.backends.import_openvino", fails)
     assert choose_backend("auto", "cpu") == "eager"
     assert "libtbb" in caplog.text
 
