@@ -32,15 +32,14 @@ from infra.storage import storage_for, video_source
 from pipeline.frames import frame_to_tensor, tensor_to_frame
 from pipeline.segments import SegmentReport, SegmentWriter, segment_suffix
 from pipeline.state import StreamState
-from pipeline.static_windows import step_alone
 from pipeline.step_policy import StepPolicy, choose
-from pipeline.tiling import Window
 from pipeline.video import Deinterlace, Limits, VideoFrame, VideoReader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.engine import Engine
+    from pipeline.tiling import Window
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class Restoration:
         from_start: bool = False,
     ) -> None:
         self._pipe, self._row = pipe, row
-        self._step_model: Step = step or partial(step_alone, pipe)
+        self._step_model: Step = step or partial(_step_alone, pipe)
         self._options: RowOptions = json.loads(row["options"])
         steps = self._options["steps"]
         self._policy = StepPolicy.of(self._options["step_policy"]) if steps == "auto" else None
@@ -248,7 +247,7 @@ class Restoration:
             output_3HW = self._state.hold()
         else:
             steps = self._steps if choice is None else choice.level
-            where = () if choice is None or choice.window is None else (Window(*choice.window),)
+            where = () if choice is None or choice.window is None else (_window(choice.window),)
             output_3HW = self._step_model(frame_to_tensor(rgb_HWC, self._pipe.device), self._state, steps, *where)[0]
         if choice is not None:
             self._state.policy = choice.memory
@@ -309,3 +308,18 @@ class Restoration:
             code="decode-mismatch",
             remedy="The source may be damaged, or may have been changed: copy it again.",
         )
+
+
+# Both import diffusers, which takes seconds and of which a stand-in has no use.
+def _step_alone(pipe: Engine, frame_13HW: Tensor, state: StreamState, steps: int | None, *where: Window) -> Tensor:
+    if not where:
+        return pipe.step(frame_13HW, [state], steps=steps)
+    from pipeline.static_windows import step_window
+
+    return step_window(pipe, frame_13HW, state, steps, *where)
+
+
+def _window(corners: tuple[int, int, int, int]) -> Window:
+    from pipeline.tiling import Window
+
+    return Window(*corners)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from actors.errors import FailureClass, TilesFixed, failure_class
 from pipeline.errors import MemoryLimitError
-from pipeline.static_windows import step_window
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -129,6 +128,8 @@ class StepBatch:
     def _restore(self, batch: list[_Request]) -> Tensor:
         first = batch[0]
         if first.window is not None:
+            from pipeline.static_windows import step_window  # with diffusers, which a stand-in has no use for
+
             return step_window(self._pipe, first.frame_13HW, first.state, first.steps, first.window)
         return self._pipe.step(
             torch.cat([one.frame_13HW for one in batch]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -140,3 +142,15 @@ def test_an_error_reaches_every_row_of_the_batch(pipe: StreamDiffVSRPipeline) ->
     with batch.row(), pytest.raises(Exception, match="too small"):
         batch.step(wrong, pipe.start(), 1)
     assert batch.step(torch.zeros(1, 3, 16, 16), pipe.start(), 1).shape == (1, 3, 64, 64)
+
+
+def test_what_a_stand_in_needs_imports_no_diffusers() -> None:
+    """It takes seconds, in which a replica that just took streams over would answer nobody."""
+    script = (
+        "import sys\nimport actors.live_server, actors.live_engine, actors.restoration\n"
+        "from actors.model_loading import EngineConfig, load_engine\n"
+        "load_engine('stand-in:5', EngineConfig(backend='eager'), max_pixels=10**6)\n"
+        "print('diffusers' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
