@@ -106,7 +106,7 @@ class Restoration:
         from_start: bool = False,
     ) -> None:
         self._pipe, self._row = pipe, row
-        self._step_model: Step = step or partial(_step_alone, pipe)
+        self._step_model: Step = step or partial(step_alone, pipe)
         self._options: RowOptions = json.loads(row["options"])
         steps = self._options["steps"]
         self._policy = StepPolicy.of(self._options["step_policy"]) if steps == "auto" else None
@@ -310,13 +310,16 @@ class Restoration:
         )
 
 
-# Both import diffusers, which takes seconds and of which a stand-in has no use.
-def _step_alone(pipe: Engine, frame_13HW: Tensor, state: StreamState, steps: int | None, *where: Window) -> Tensor:
-    if not where:
+# Both import diffusers only for windows: it takes seconds, and a stand-in has no use for it.
+def step_alone(
+    pipe: Engine, frame_13HW: Tensor, state: StreamState, steps: int | None, window: Window | None = None
+) -> Tensor:
+    """Restore the next frame (1,3,h,w) of one stream, whole or in a window, without a batch -> (1,3,4h,4w)."""
+    if window is None:
         return pipe.step(frame_13HW, [state], steps=steps)
     from pipeline.static_windows import step_window
 
-    return step_window(pipe, frame_13HW, state, steps, *where)
+    return step_window(pipe, frame_13HW, state, steps, window)
 
 
 def _window(corners: tuple[int, int, int, int]) -> Window:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.restoration import step_alone
 from benchmarks.fixed_camera import fixed_camera, noisy_input
 from jobs.heldout import HELDOUT, read
 from pipeline import StreamDiffVSRPipeline
@@ -29,7 +30,6 @@ from pipeline.frames import frame_to_tensor
 from pipeline.judge import ClipJudge
 from pipeline.perceptual import STLPIPS
 from pipeline.state import StreamState
-from pipeline.static_windows import step_alone
 from pipeline.step_policy import StepPolicy, choose
 from pipeline.tiling import Window
 

@@ -74,15 +74,6 @@ def step_window(pipe: Engine, frame_13hw: Tensor, state: StreamState, steps: int
     return output_13HW.to(torch.float32)
 
 
-def step_alone(
-    pipe: Engine, frame_13hw: Tensor, state: StreamState, steps: int | None, window: Window | None = None
-) -> Tensor:
-    """Restore the next frame of one stream, whole or in a window."""
-    if window is not None:
-        return step_window(pipe, frame_13hw, state, steps, window)
-    return pipe.step(frame_13hw, [state], steps=steps)
-
-
 def seen_for(pipe: StreamDiffVSRPipeline, window: Window, height: int, width: int) -> Window:
     """Return what the networks see for a window, with corners where the U-Net reduces a whole frame alike."""
     multiple = 2 ** (len(pipe.unet.config.block_out_channels) - 1)

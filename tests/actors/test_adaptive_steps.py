@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from actors.assemble import assemble_video
+from actors.restoration import step_alone
 from actors.step_batch import StepBatch
 from actors.upscaler import Upscaler
 from infra.settings import Settings
@@ -20,7 +21,6 @@ from jobs.plan import plan_options, plan_video, rows_of
 from jobs.records import VideoPlan
 from jobs.sources import Item
 from pipeline.frames import frame_to_tensor, tensor_to_frame
-from pipeline.static_windows import step_alone
 from pipeline.step_policy import StepPolicy, choose
 from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 from pipeline.tiling import Window
