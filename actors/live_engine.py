@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
+from actors.batch_policy import LearnedBatches
 from actors.errors import FailureClass, failure_class
 from pipeline.frames import frame_to_tensor
 from pipeline.shots import CutDetector
@@ -60,18 +61,33 @@ class LiveEngine:
     Args:
         pipe: the pipeline or a stand-in.
         name: by which clients ask for it.
-        largest_batch: streams that are stepped together at most.
+        largest_batch: streams that are stepped together at most. How many are is learned from what steps cost.
         threads: CPU threads of a step.
     """
 
     def __init__(self, pipe: Engine, name: str, *, largest_batch: int, threads: int) -> None:
-        self.pipe, self.name, self.largest_batch = pipe, name, largest_batch
+        self.pipe, self.name = pipe, name
         self.model_sha256 = pipe.model_sha256
         self.sizes: dict[int, int] = {}  # batches by how many streams each had
         self.steps = 0
+        self.batches = LearnedBatches(largest_batch)
         self._threads = threads
         self._pixel_s: dict[int, float] = {}  # seconds per input pixel and frame, by step count
         self._frame_s: dict[tuple[int, int, int], float] = {}  # by height, width, step count
+
+    @property
+    def largest_batch(self) -> int:
+        """Streams that are stepped together at most; less than at first where memory ran out."""
+        return self.batches.largest
+
+    def batch_for(self, height: int, width: int, steps: int, waiting: int, budget_s: float | None) -> int:
+        """Return how many of the `waiting` streams with frames of this size to step together now.
+
+        Args:
+            budget_s: within which the last of them wants its answer; None: no limit.
+        """
+        budget_ms = None if budget_s is None else 1000 * budget_s
+        return self.batches.choose((height, width, steps), waiting, budget_ms)
 
     def warm(self, sizes: list[tuple[int, int]] | None = None) -> None:
         """Run one step of each size (height, width), so that the first client meets a model that is ready.
@@ -154,7 +170,7 @@ class LiveEngine:
             request.output_3HW = output_3HW
         self.sizes[len(batch)] = self.sizes.get(len(batch), 0) + 1
         self.steps += len(batch)
-        self._learn(batch, (time.perf_counter() - began) / len(batch))
+        self._learn(batch, time.perf_counter() - began)
 
     def _run_again(self, batch: list[StepRequest], error: Exception) -> None:
         """No state has changed: try smaller, so that one bad frame or too large a batch does not cost the others."""
@@ -162,7 +178,7 @@ class LiveEngine:
         if len(batch) > 1:
             half = (len(batch) + 1) // 2
             if out_of_memory:
-                self.largest_batch = half
+                self.batches.largest = half
                 logger.warning("memory ran out with %d streams in a batch; now at most %d", len(batch), half)
             self._run(batch[:half])
             self._run(batch[half:])
@@ -171,12 +187,14 @@ class LiveEngine:
         else:
             batch[0].error = error
 
-    def _learn(self, batch: list[StepRequest], frame_s: float) -> None:
+    def _learn(self, batch: list[StepRequest], batch_s: float) -> None:
         steps = {request.steps for request in batch}
         if len(steps) > 1:
             return
         height, width = batch[0].rgb_HWC.shape[:2]
-        key = (height, width, batch[0].steps)
+        key, frame_s = (height, width, batch[0].steps), batch_s / len(batch)
+        if not any(request.reset for request in batch):  # without a previous output a frame costs less
+            self.batches.note(key, len(batch), 1000 * batch_s)
         known = self._frame_s.get(key)
         self._frame_s[key] = frame_s if known is None else known + _SMOOTHING * (frame_s - known)
         if len(self._frame_s) > 256:  # clients choose the sizes

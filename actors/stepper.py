@@ -118,13 +118,14 @@ class Stepper:
         urgent.sort(key=lambda pair: pair[0])
         first = urgent[0][1]
         wanted = (id(first.engine), first.session.size())
+        largest = self._batch_size(first, [(due, seat) for due, seat in urgent if self._is_like(seat, first)], now)
         groups: dict[tuple[int, tuple[int, int]], list[_Taken]] = defaultdict(list)
         for _, seat in urgent:
             session = seat.session
             size = session.size()
             if size is not None and (id(seat.engine), size) != wanted:
                 continue
-            if sum(map(len, groups.values())) >= first.engine.largest_batch and size is not None:
+            if sum(map(len, groups.values())) >= largest and size is not None:
                 break
             step_s = seat.engine.cost_s(*size, session.ladder.level) if size is not None else 0.0
             try:
@@ -150,6 +151,23 @@ class Stepper:
         if not groups:
             self._wake.set()  # only answers came of it; something may be due all the same
         return [(batch[0].seat.engine, batch) for batch in groups.values()]
+
+    @staticmethod
+    def _is_like(seat: Seat, first: Seat) -> bool:
+        return seat.engine is first.engine and seat.session.size() == first.session.size()
+
+    @staticmethod
+    def _batch_size(first: Seat, waiting: list[tuple[float, Seat]], now: float) -> int:
+        """Return how many of those that wait with `first` are stepped with it.
+
+        Its level stands for all: where others have another one, the time to expect is a guess.
+        """
+        size = first.session.size()
+        if size is None:
+            return first.engine.largest_batch
+        in_haste = [due - now for due, seat in waiting if seat.session.ladder.budget_s is not None]
+        budget_s = min(in_haste) if in_haste else None
+        return first.engine.batch_for(*size, first.session.ladder.level, len(waiting), budget_s)
 
     def _dismiss(self, seat: Seat, error: Exception) -> None:
         """A defect in one stream ends that stream, not the one coroutine that steps them all."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from jobs.bench_peak import data_sheet_tflops
+from jobs.bench_streams import carried, carried_lines
 
 if TYPE_CHECKING:
     from jobs.bench_measure import BenchResult
@@ -32,7 +33,9 @@ def print_results(
     print("\n".join(_heading(results[0], peaks, sizes=not table)))
     print(aligned([COLUMNS, *rows(results)], left=(0, 2)))
     last = results[-1]
-    if not table:
+    if table:
+        print("\n".join(["", *carried_lines(results)]))
+    else:
         print(
             f"{last.model_fps:.2f} frames per second in the model, "
             f"peak memory {last.peak_memory_mib} MiB (estimated for the model: {last.estimated_memory_mib} MiB)"
@@ -82,7 +85,7 @@ def save_results(
     lines = [f"- {line}" for line in _heading(results[0], peaks, sizes=False)]
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cells) + " |" for cells in rows(results)]
-    lines += ["", *_READING]
+    lines += ["", *(f"- {line}" for line in carried_lines(results)), "", *_READING]
     return save_record(
         folder, kind, results[0].hardware, "Speed", lines, {"command": command} | _document(results, peaks)
     )
@@ -151,6 +154,7 @@ def _document(results: Sequence[BenchResult], peaks: Mapping[str, float]) -> dic
     return {
         "peak_tflops": {name: round(value, 4) for name, value in peaks.items()},
         "data_sheet_bf16_tflops": data_sheet_tflops(results[0].hardware),
+        "live_streams": carried(results),
         "results": [asdict(result) for result in results],
     }
 

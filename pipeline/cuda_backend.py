@@ -1,9 +1,12 @@
 """Frames by CUDA graphs, with or without code that torch compiled: the function of `pipeline.frame_core`, recorded.
 
 A recorded frame is started by one call instead of some thousand, and no part of it waits for the processor. Recording
-is done for each size, number of streams and schedule, because a graph has fixed places in memory; the latest few are
-kept. The first frames of a kind run without: a recording costs the time of some frames, and the first frames of shots
-are rare. A frame that cannot be recorded, or whose recording gives other pictures than the networks themselves, runs as
+is done for each size, schedule and number of slots for streams, because a graph has fixed places in memory; the latest
+few are kept. Slots come in powers of two and some may be empty: a recording for every number of streams would cost more
+time and memory than empty slots do, and where it would not, `actors.batch_policy` finds smaller batches better.
+
+The first frames of a kind run without: a recording costs the time of some frames, and the first frames of shots are
+rare. A frame that cannot be recorded, or whose recording gives other pictures than the networks themselves, runs as
 without this backend, with one warning.
 
 Knows: buffers, recording, what is kept. Does not know: streams, flow, noise.
@@ -94,21 +97,23 @@ class CapturingBackend:
             core = self._core(kind)
             if self._record is None:
                 return core(*inputs.tensors)
-            key = (kind, *((x.shape, x.dtype) for x in inputs.tensors))
+            rows = len(inputs.frames_B3hw)
+            slots = 1 << (rows - 1).bit_length()
+            key = (kind, slots, *((x.shape[1:], x.dtype) for x in inputs.tensors))
             if key not in self._recordings:
                 self._seen[key] = self._seen.get(key, 0) + 1
                 if self._seen[key] < self._recorded_from:
                     return core(*inputs.tensors)
                 self._make_room()
-                self._recordings[key] = self._make(core, inputs)
+                self._recordings[key] = self._make(core, tuple(_with_slots(x, slots) for x in inputs.tensors))
             self._recordings.move_to_end(key)
             recording = self._recordings[key]
             if recording is None:
                 return core(*inputs.tensors)
             for buffer, x in zip(recording.buffers, inputs.tensors, strict=True):
-                buffer.copy_(x, non_blocking=True)
+                buffer[:rows].copy_(x, non_blocking=True)  # what is in the other slots is restored for nobody
             recording.repeat()
-            return recording.result.clone()
+            return recording.result[:rows].clone()
 
     def restore(
         self, kind: CoreKind, frames_B3hw: Tensor, latents_BChw: Tensor, warped_B3HW: Tensor, seen_B3HW: Tensor
@@ -141,9 +146,8 @@ class CapturingBackend:
         while len(self._recordings) >= _KEPT:
             del self._seen[self._recordings.popitem(last=False)[0]]
 
-    def _make(self, core: FrameCore, inputs: CoreInputs) -> _Recording | None:
+    def _make(self, core: FrameCore, buffers: tuple[Tensor, ...]) -> _Recording | None:
         assert self._record is not None
-        buffers = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs.tensors)
         try:
             expected = core(*buffers)
             repeat, result = self._record(lambda: core(*buffers))
@@ -183,6 +187,12 @@ def cuda_graph(work: Work, *, pool: Any = None) -> tuple[Work, Tensor]:
         return result
 
     return repeat, result
+
+
+def _with_slots(x: Tensor, slots: int) -> Tensor:
+    """Return a copy of `x` with this many rows, the last one repeated, in the ordinary order in memory."""
+    rows = torch.cat([x, x[-1:].expand(slots - len(x), *x.shape[1:])])
+    return rows.contiguous(memory_format=torch.contiguous_format)
 
 
 def psnr_db(x: Tensor, reference: Tensor) -> float:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from jobs.bench_measure import BenchResult
 from jobs.bench_peak import data_sheet_tflops, measured_tflops
 from jobs.bench_report import save_record, slug
 from jobs.bench_stages import INSIDE, STAGES, with_rest
+from jobs.bench_streams import carried, carried_lines
 from jobs.cli import main
 from jobs.errors import UsageError
 from tests.random_model import save_random_model
@@ -96,6 +98,28 @@ def test_one_table_for_sizes_and_numbers_of_streams(
     assert str(tmp_path.parent) not in page, "a path of this machine"
     assert json.loads(next(tmp_path.glob("speed-*.json")).read_text())["results"][3]["step_ms"] == results[3].step_ms
     assert page.count("model alone") == 4
+    assert page.count("live streams at") == 2 and {row["output"] for row in told["live_streams"]} == {
+        "128x128",
+        "192x128",
+    }
+
+
+def test_how_many_live_streams_a_curve_means(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(model), "--size", "32x32", "--frames", "2", "--steps", "1", "--threads", "1", "--json"]
+    assert main(["bench", *options]) == 0
+    measured = BenchResult(**json.loads(capsys.readouterr().out))
+
+    def curve(size: str, ms: dict[int, float]) -> list[BenchResult]:
+        return [replace(measured, size=f"a -> {size}", batch=batch, step_ms=value) for batch, value in ms.items()]
+
+    results = curve("1280x720", {1: 12, 2: 14, 4: 18, 8: 26}) + curve("8x8", {1: 120, 2: 240}) + curve("4x4", {2: 1})
+    rows = {(row["output"], row["fps"]): row for row in carried(results)}
+    assert rows["1280x720", 30] | {"latest_ms": 0} == {
+        "output": "1280x720", "fps": 30, "streams": 8, "batch": 8, "latest_ms": 0,
+    }  # fmt: skip
+    assert rows["1280x720", 10]["streams"] == 30 and rows["8x8", 10]["streams"] == 0 and ("4x4", 10) not in rows
+    assert [line.partition(":")[0] for line in carried_lines(results)][1] == "live streams at 8x8"
+    assert "8 of 30 frames/s in batches of 8" in next(carried_lines(results))
 
 
 def test_a_backend_that_runs_all_at_once_is_one_row(

@@ -228,6 +228,30 @@ def test_recordings_are_made_once_and_few_are_kept(pipe: StreamDiffVSRPipeline) 
     assert len(made) == 11  # the networks may have changed
 
 
+def test_a_recording_has_slots_of_which_some_may_be_empty(pipe: StreamDiffVSRPipeline) -> None:
+    made: list[int] = []
+
+    def record(work: Work) -> tuple[Work, Tensor]:
+        repeat, place = replaying(work)
+        made.append(len(place))
+        return repeat, place
+
+    def run(counts: list[int]) -> list[Tensor]:
+        states, outputs = [pipe.start(seed=n) for n in range(8)], []
+        for moment, count in enumerate(counts):
+            frames_B3HW = torch.cat([torch.roll(frame, n, dims=2) for n, frame in enumerate(clip(8))])[:count]
+            outputs.append(pipe.step(frames_B3HW.roll(moment, dims=3), states[:count]))
+        return outputs
+
+    counts = [8, 5, 3, 8, 7, 4, 1]
+    wanted = run(counts)
+    capture(pipe, record)
+    found = run(counts)
+    assert [len(one) for one in found] == counts
+    assert worst_db(found, wanted) > 110
+    assert made == [8, 8, 4, 1]  # first frames, and later ones by their slots
+
+
 def test_what_comes_once_or_twice_is_not_recorded(pipe: StreamDiffVSRPipeline) -> None:
     made: list[int] = []
 
