@@ -1,4 +1,4 @@
-"""`upriver train`: the stages of the method, the autoencoder before them, the flow network, packing of training data.
+"""`upriver train`: the stages of the method, the autoencoder before them, growth, the flow network, packing of data.
 
 Imports neither Ray nor OpenCV, so that a lean GPU machine needs torch, diffusers, accelerate and av alone.
 """
@@ -190,6 +190,30 @@ def flow(
     console, report = _reporter()
     weights = FlowTrainer(_merged(FlowTrainConfig, flags, set_ or []), report).run()
     console.print(f"Weights: {weights}", soft_wrap=True)
+
+
+@app.command()
+def grow(
+    model: Annotated[str, typer.Argument(help="What grows: a model's name, such as tiny, or its folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    size: Annotated[str, typer.Option("--size", help="To which size.")] = "small",
+) -> None:
+    """Make a larger model that restores exactly as a smaller one does, to be trained on by the stages."""
+    import json
+
+    from jobs.errors import UsageError
+    from pipeline.growth import grow as grow_model
+    from pipeline.model_source import OPTIONS, resolve
+    from pipeline.restorer import SIZES, Restorer
+
+    if size not in SIZES:
+        raise UsageError(
+            f"--size {size!r} is unknown.", code="train-option", remedy=f"Choose one of {', '.join(SIZES)}."
+        )
+    folder = resolve(model)
+    options = json.loads((folder / OPTIONS).read_text()) if (folder / OPTIONS).exists() else {}
+    grow_model(Restorer.load(folder), SIZES[size]).save(out, options)
+    typer.echo(f"Model: {out}")
 
 
 @app.command()

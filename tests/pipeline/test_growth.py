@@ -1,0 +1,106 @@
+"""A model that grew restores as before, and everything that was added can learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from jobs.cli import main
+from pipeline.growth import GrowthError, grow
+from pipeline.restorer import SCHEDULES, SIZES, ModelSize, Restorer
+from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+
+
+@pytest.fixture(scope="module")
+def tiny(repository: Path) -> Restorer:
+    return Restorer.load(repository / "pipeline" / "models" / "tiny").eval()
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    lr_B3hw = torch.rand(2, 3, 24, 32, generator=draw) * 2 - 1
+    return lr_B3hw, torch.randn(2, 4, 24, 32, generator=draw), torch.rand(2, 3, 96, 128, generator=draw) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        SIZES["small"],
+        ModelSize(layers=3),
+        ModelSize(autoencoder=(16, 40, 48)),
+        ModelSize(encoder_blocks=(3, 1, 2)),
+    ],
+    ids=["small", "deeper U-Net", "wider autoencoder", "deeper autoencoder"],
+)
+@torch.no_grad()
+def test_it_restores_as_before(tiny: Restorer, size: ModelSize) -> None:
+    torch.manual_seed(1)  # of the fresh weights that must not matter
+    grown = grow(tiny, size).eval()
+    assert grown.size == size and grown.history == tiny.history
+    lr_B3hw, noise_BChw, warped_B3HW = inputs()
+    for timesteps in SCHEDULES.values():
+        for previous in (None, warped_B3HW):
+            before = tiny.rollout(lr_B3hw, noise_BChw, timesteps, previous)
+            after = grown.rollout(lr_B3hw, noise_BChw, timesteps, previous)
+            torch.testing.assert_close(after.output_B3HW, before.output_B3HW, atol=1e-5, rtol=0)
+            torch.testing.assert_close(after.latent_BChw, before.latent_BChw, atol=1e-5, rtol=0)
+
+
+def test_a_model_without_guidance_grows_too() -> None:
+    torch.manual_seed(2)
+    model = Restorer.create(SIZES["tiny"])
+    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
+    grown = grow(model, SIZES["small"])
+    assert grown.controlnet is None
+    lr_B3hw, noise_BChw, _ = inputs()
+    with torch.no_grad():
+        before = model.rollout(lr_B3hw, noise_BChw, (999, 499)).output_B3HW
+        torch.testing.assert_close(
+            grown.rollout(lr_B3hw, noise_BChw, (999, 499)).output_B3HW, before, atol=1e-5, rtol=0
+        )
+
+
+def test_all_that_is_new_can_learn(tiny: Restorer) -> None:
+    """Gradients reach every weight: those behind weights that are zero from the second step on."""
+    torch.manual_seed(3)
+    grown = grow(tiny, SIZES["small"])
+    optimiser = torch.optim.AdamW(grown.parameters(), lr=1e-3)
+    lr_B3hw, noise_BChw, warped_B3HW = inputs()
+    reached: set[str] = set()
+    for _ in range(3):
+        optimiser.zero_grad()
+        output_B3HW = grown.rollout(lr_B3hw, noise_BChw, (999,), warped_B3HW).output_B3HW
+        loss = (output_B3HW - warped_B3HW).square().mean() + grown.vae.encode(warped_B3HW).square().mean()
+        loss.backward()
+        reached |= {name for name, p in grown.named_parameters() if p.grad is not None and p.grad.any()}
+        optimiser.step()
+    assert [name for name, _ in grown.named_parameters() if name not in reached] == []
+
+
+@pytest.mark.parametrize(
+    "size", [ModelSize(unet=(48, 96, 128)), ModelSize(encoder_blocks=(1, 1, 1)), ModelSize(autoencoder=(16, 24, 48))]
+)
+def test_what_cannot_grow_is_refused(tiny: Restorer, size: ModelSize) -> None:
+    with pytest.raises(GrowthError) as refused:
+        grow(tiny, size)
+    assert refused.value.remedy
+
+
+def test_the_command_writes_a_model_that_every_command_opens(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "grow", "tiny", "--out", str(tmp_path / "small")]) == 0
+    assert "small" in capsys.readouterr().out
+    before = StreamDiffVSRPipeline.from_pretrained("tiny", device="cpu")
+    after = StreamDiffVSRPipeline.from_pretrained(str(tmp_path / "small"), device="cpu")
+    assert after.options == before.options
+    frames = [torch.roll(inputs()[0][:1], moment, dims=3) for moment in range(3)]
+    states = [before.start(), after.start()]
+    for frame in frames:
+        outputs = [pipe.step(frame, [state]) for pipe, state in zip((before, after), states, strict=True)]
+        torch.testing.assert_close(outputs[1], outputs[0], atol=1e-4, rtol=0)
+    assert main(["train", "grow", "tiny", "--size", "huge", "--out", str(tmp_path / "huge")]) == 2
+    assert "huge" in capsys.readouterr().err
