@@ -179,7 +179,8 @@ def cuda_graph(work: Work, *, pool: Any = None) -> tuple[Work, Tensor]:
     torch.cuda.current_stream().wait_stream(beside)
     torch.cuda.empty_cache()  # what the warm-up took would stay beside the graph's own memory
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Only this thread must do nothing that cannot be recorded: others bring frames to the device and take results away.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = work()
 
     def repeat() -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -424,6 +425,29 @@ def test_a_gpu_records_and_compiles(model_folder: Path, backend: str, caplog: py
     wanted = restore(pipe, frames)
     pipe.use_backend(backend)
     assert worst_db(restore(pipe, frames), wanted) > LOSSLESS_DB
+    assert not caplog.records
+
+
+@pytest.mark.gpu
+def test_a_gpu_records_while_other_threads_move_frames(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = StreamDiffVSRPipeline.from_pretrained(model_folder, device="cuda", flow=ZeroFlow())
+    frames, over = clip(6), threading.Event()
+    wanted = restore(pipe, frames)
+    pipe.use_backend("graph")
+
+    def move() -> None:
+        while not over.is_set():
+            torch.rand(1 << 20).pin_memory().to("cuda", non_blocking=True).mul(2).cpu()
+
+    others = [threading.Thread(target=move) for _ in range(3)]
+    for other in others:
+        other.start()
+    try:
+        assert worst_db(restore(pipe, frames), wanted) > LOSSLESS_DB
+    finally:
+        over.set()
+        for other in others:
+            other.join()
     assert not caplog.records
 
 
