@@ -25,6 +25,7 @@ from pipeline.errors import InputError, SizeError
 from pipeline.picture_encoder import PictureEncoder
 from pipeline.piped_output import MUXER, PipedOutput, Sounds, sounds
 from pipeline.shots import CutDetector
+from pipeline.step_policy import StepPolicy, choose
 from pipeline.video import EncodeError, Limits, VideoError, VideoFrame, VideoInfo, VideoReader, probe
 from pipeline.video import FrameTooLarge as VideoTooLarge
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_POLICY = StepPolicy()
 QUEUE_DEPTH = 4  # frames between decoder and model, and between model and encoder
 
 
@@ -51,8 +53,8 @@ class UploadOptions(BaseModel):
         default=4, description="output size over input size; 2 and 3 are made from 4"
     )
     model: str | None = Field(default=None, max_length=200, description="see /v1/models; none: the service's own")
-    steps: Annotated[Literal[1, 2, 4] | None, _AS_NUMBER] = Field(
-        default=None, description="denoising steps; none: the model's own"
+    steps: Annotated[Literal[1, 2, 4, "auto"] | None, _AS_NUMBER] = Field(
+        default=None, description="denoising steps; auto: chosen for each frame; none: the model's own"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise; equal seeds give equal pictures")
     codec: Literal["h264", "hevc", "av1", "vp9"] | None = Field(
@@ -226,7 +228,7 @@ class RestoreUpload:
     def _restore(
         self, frames: ReadAhead[VideoFrame], lease: StepLease, put: Callable[[_Restored], None]
     ) -> dict[str, object]:
-        from pipeline.frames import frame_to_tensor, tensor_to_frame
+        from pipeline.frames import tensor_to_frame
 
         state = lease.start(self._options.seed)
         detector = CutDetector() if self._options.cuts else None
@@ -241,11 +243,24 @@ class RestoreUpload:
             if detector is not None and detector.update(frame.rgb_HWC):
                 state.reset()
                 cuts += 1
-            output_13HW = lease.step(frame_to_tensor(frame.rgb_HWC), state, self._options.steps)
-            picture: Any = tensor_to_frame(output_13HW[0], frame.rgb_HWC.dtype)
+            picture: Any = tensor_to_frame(self._output(frame, lease, state), frame.rgb_HWC.dtype)
             put(_Restored(frame, picture))
             count += 1
         return {"frames": count, "cuts": cuts}
+
+    def _output(self, frame: VideoFrame, lease: StepLease, state: StreamState) -> Tensor:
+        """Return the restored picture (3,4h,4w), or with steps "auto" the one before where nothing has moved."""
+        from pipeline.frames import frame_to_tensor
+
+        if self._options.steps != "auto":
+            return lease.step(frame_to_tensor(frame.rgb_HWC), state, self._options.steps)[0]
+        choice = choose(_POLICY, frame.rgb_HWC, state)
+        if choice.level == 0:
+            output_3HW = state.hold()
+        else:
+            output_3HW = lease.step(frame_to_tensor(frame.rgb_HWC), state, choice.level)[0]
+        state.policy = choice.memory
+        return output_3HW
 
     def close(self) -> None:
         """Release what is left; nobody may be in `open` or `run` any more."""

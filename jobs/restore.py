@@ -191,6 +191,8 @@ class RestoreJob:
         )
         self.selection: Selection = select(src, dst, limit=limit, shuffle=shuffle, priority=priority)
         self._report = Report()
+        if settings.step_policy and not any(self._steps_of(item) == "auto" for item in self.selection.items):
+            self._warn("step_policy is set, but no video has steps auto, so it has no effect; give --steps auto.")
         if self._choices.extras:
             _refuse_pictures(self.selection)
 
@@ -256,9 +258,15 @@ class RestoreJob:
         stale = sum(made.find(item, run) is None for item, run in runs)
         if stale:
             told = f"{made.place}: {stale} of {len(survey.pending)} videos have no plan there that still holds"
-            self._report.warnings.append(f"{told}; they are planned now.")
-            print(f"upriver: {self._report.warnings[-1]}", file=sys.stderr)
+            self._warn(f"{told}; they are planned now.")
         return made
+
+    def _steps_of(self, item: Item) -> object:
+        return self.options.for_item(item).row["steps"]
+
+    def _warn(self, text: str) -> None:
+        self._report.warnings.append(text)
+        print(f"upriver: {text}", file=sys.stderr)
 
     def _job_id(self, model: ResolvedModel) -> str:
         nothing = Item(source="", destination="", name="", size_bytes=0, version="")

@@ -454,6 +454,26 @@ def test_more_uploads_than_there_are_places_are_told_when_to_come_again(folder: 
         assert told(first.rest())["frames"] == 240
 
 
+def test_steps_may_be_chosen_by_what_the_pictures_show(service: Service, port: int, tmp_path: Path) -> None:
+    still = tmp_path / "still.mkv"
+    picture = np.random.default_rng(3).integers(0, 256, (48, 64, 3), np.uint8)
+    with av.open(str(still), "w") as container:
+        stream = container.add_stream("ffv1", rate=25, width=64, height=48, pix_fmt="bgr0")
+        for _ in range(30):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    content, _ = restored(port, still.read_bytes(), f"steps=auto&{LOSSLESS}")
+    assert told(content)["frames"] == 30 and 8 <= service.leases[-1].steps < 15, "held once it has settled"
+    got = tmp_path / "got.mp4"
+    got.write_bytes(content)
+    shown = [shown for _, shown in pictures(got)]
+    assert len(shown) == 30 and all((one == shown[0]).all() for one in shown)
+    restored(port, still.read_bytes(), f"steps=1&{LOSSLESS}")
+    assert service.leases[-1].steps == 30
+    with post(port, still.read_bytes(), "steps=automatic") as request:
+        assert request.refusal()["status"] == 400
+
+
 def test_the_description_for_programs_is_complete(port: int) -> None:
     with Duplex(port, "/openapi.json", method="GET", chunked=False) as request:
         operation = json.loads(request.rest())["paths"]["/v1/restore"]["post"]

@@ -40,6 +40,7 @@ def test_a_job_is_the_command_that_a_person_would_type() -> None:
     assert (params["src"], params["dst"]) == (SOURCE, DESTINATION)
     for name, value in EVERYTHING.model_dump().items():
         assert params[name] == (str(value) if name == "steps" else value), name  # "auto" is a number of steps too
+    assert parsed(RULES.command("ann", SOURCE, DESTINATION, JobOptions(steps="auto")))["steps"] == "auto"
     plain = parsed(["python", "-m", "jobs.cli", "restore", SOURCE, DESTINATION])
     assert parsed(RULES.command("ann", SOURCE, DESTINATION, JobOptions())) == plain
 
