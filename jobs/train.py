@@ -224,10 +224,17 @@ def pack(
     max_side: Annotated[int, typer.Option(min=160, help="Longest side of a picture in pixels.")] = 1800,
     max_frames: Annotated[int, typer.Option(min=2, help="Frames kept of every clip.")] = 48,
     max_height: Annotated[int, typer.Option(min=160, help="Rows kept of every clip.")] = 480,
+    nets: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the networks of loss and judge as well, in half precision (34 MB)."),
+    ] = None,
 ) -> None:
     """Pack training data, with the flow of real clips, into a small folder that travels."""
     from pipeline.packing import pack as write
+    from pipeline.perceptual import pack as write_networks
 
+    if nets is not None:
+        typer.echo(f"{nets}: {write_networks(nets) / 1e6:.1f} MB; UPRIVER_CACHE={nets} where they are used")
     size = write(data, destination, max_mb=max_mb, max_side=max_side, max_frames=max_frames, max_height=max_height)
     typer.echo(f"{destination}: {size / 1e6:.1f} MB")
 

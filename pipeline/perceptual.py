@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,29 @@ def asset_folder() -> Path:
 def weights_file(trunk: Trunk, folder: str | Path | None = None) -> Path:
     """Where `convert` puts, and `STLPIPS.load` looks for, the weights of one trunk."""
     return (Path(folder) if folder is not None else asset_folder() / "nets") / f"stlpips_{trunk}.safetensors"
+
+
+def pack(folder: Path, source: Path | None = None) -> int:
+    """Write the weights of both trunks in half precision into ``folder/nets``; returns their size in bytes.
+
+    Half the size to carry; distances change in the fourth digit. `STLPIPS.load` takes them as they are.
+
+    Args:
+        source: folder of the weights; None: `nets` inside `asset_folder()`.
+
+    Raises:
+        CheckpointError: they have not been fetched.
+    """
+    from safetensors.torch import load_file, save_file
+
+    (folder / "nets").mkdir(parents=True, exist_ok=True)
+    size = 0
+    for trunk in get_args(Trunk):
+        STLPIPS.load(trunk, source)  # refuses what is missing or wrong
+        target = weights_file(trunk, folder / "nets")
+        save_file({name: x.half() for name, x in load_file(weights_file(trunk, source)).items()}, target)
+        size += target.stat().st_size
+    return size
 
 
 class BlurPool(nn.Module):

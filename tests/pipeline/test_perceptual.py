@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jobs.assets import fetch
 from pipeline.errors import CheckpointError, InputError
-from pipeline.perceptual import STLPIPS, Trunk, weights_file
+from pipeline.perceptual import STLPIPS, Trunk, pack, weights_file
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,15 @@ def test_refuses_what_it_cannot_compare(networks: dict[Trunk, STLPIPS], tmp_path
     save_file(tensors, weights_file("alex", tmp_path))
     with pytest.raises(CheckpointError, match=r"heads\.0"):
         STLPIPS.load("alex", tmp_path)
+
+
+def test_packed_networks_are_half_the_size_and_say_the_same(networks: dict[Trunk, STLPIPS], tmp_path: Path) -> None:
+    size = pack(tmp_path)
+    assert size == sum(path.stat().st_size for path in (tmp_path / "nets").iterdir()) < 36e6
+    shown = pictures(64, 96)
+    for trunk, network in networks.items():
+        packed = STLPIPS.load(trunk, tmp_path / "nets")
+        wanted = network(shown["plain"], shown["noise"]).item()
+        assert packed(shown["plain"], shown["noise"]).item() == pytest.approx(wanted, rel=1e-3)
+    with pytest.raises(CheckpointError, match="do not exist"):
+        pack(tmp_path / "again", tmp_path / "nowhere")
