@@ -161,8 +161,8 @@ def _measure_one(
         stages = {name: value for name, value in stages.items() if name in INSIDE or name not in STAGES}
     flops = flops_by_stage(pipe, height, width, batch=batch, steps=settings.fixed_steps)
     if fused:
-        inside = sum(count for name, count in flops.items() if name != "flow")
-        flops = {name: count for name, count in flops.items() if name == "flow"} | {"model": inside}
+        beside = {} if pipe.flow_runs_in_the_frame else {name: n for name, n in flops.items() if name == "flow"}
+        flops = beside | {"model": sum(flops.values()) - sum(beside.values())}
     return BenchResult(
         model=settings.model,
         model_sha256="" if settings.model.startswith(PREFIX) else pipe.model_sha256,

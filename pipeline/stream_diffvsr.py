@@ -29,7 +29,7 @@ from pipeline.autoencoder import TemporalAutoencoderTiny
 from pipeline.backends import Backend, choose_backend, make_backend, run_groups, take_rows
 from pipeline.checkpoint import fingerprint, load_checkpoint, save_extras
 from pipeline.errors import InputError
-from pipeline.flow import FlowEstimator, FlowName, FlowSize, make_flow
+from pipeline.flow import FlowEstimator, FlowName, FlowSize, NetFlow, make_flow
 from pipeline.frame_core import CoreKind, FrameCore
 from pipeline.frames import frame_to_tensor, shrink_to_multiple_of_4, tensor_to_frame
 from pipeline.memory import Tiler
@@ -228,9 +228,19 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         """Have the backend make what it needs for frames of any size, if it can, before anybody waits for a frame."""
         if self._backend is not None and self._backend.serves_every_size:
             state, side = self.start(), MINIMUM_SIDE
-            still = torch.zeros(1, 2, 4 * side, 4 * side)
+            still = None if self.flow_runs_in_the_frame else torch.zeros(1, 2, 4 * side, 4 * side)
             for _ in range(2):  # a first frame, and one with a past
                 self.step(torch.zeros(1, 3, side, side), [state], flow_B2HW=still, steps=1)
+
+    @property
+    def flow_runs_in_the_frame(self) -> bool:
+        """Whether the backend estimates flow as a part of the frame, so that `flow` is not called by itself."""
+        return self._backend is not None and self._flow_in_frame is not None
+
+    @property
+    def _flow_in_frame(self) -> nn.Module | None:
+        # not a subclass: it may do something else when it is called
+        return self.flow.network if type(self.flow) is NetFlow else None
 
     @property
     def model_sha256(self) -> str:
@@ -321,31 +331,35 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         later = [b for b, state in enumerate(states) if not state.is_first] if self.guidance.needs_previous else []
         previous = [states[b].prev_output_3HW for b in later]
         past = Past([x.to(device, dtype) for x in previous if x is not None], self.options.warp)
+        # What a backend needs is not in the estimate that keeps a limit.
+        is_free = plan.is_whole and self.memory_limit_bytes is None and callback_on_step_end is None
+        backend = self._backend if is_free else None
+        flow_network: nn.Module | None = None
+        motion_L: Tensor | None = None
         if later and self.guidance.needs_warp:
-            if flow_B2HW is None:
-                inputs = [states[b].prev_input_3HW for b in later]
-                previous_L3hw = torch.stack([x.to(device, torch.float32) for x in inputs if x is not None])
+            if flow_B2HW is not None:
+                motion_L = take_rows(flow_B2HW, later).to(device, torch.float32)
+            elif backend is not None and self._flow_in_frame is not None:
+                # the backend takes the network into the frame, and is given what that looks at
+                flow_network = self._flow_in_frame
+                motion_L = self._previous_inputs(states, later)
+            else:
                 side = plan.flow
                 estimate = self.flow if side is None else partial(flow_in_tiles, self.flow, side=side)
-                flow_L2HW = estimate(take_rows(frames_B3hw, later), previous_L3hw).to(device)
-            else:
-                flow_L2HW = take_rows(flow_B2HW, later).to(device, torch.float32)
-            past = Past(past.pictures, self.options.warp, flow_L2HW)
+                motion_L = estimate(take_rows(frames_B3hw, later), self._previous_inputs(states, later)).to(device)
 
         # 3. Draw the initial latents
         latents = self._initial_latents(frames_B3hw, states, noise_B4HW)
 
         # 4. Denoise and decode: all networks as one function where that can be, otherwise one after the other
-        # What a backend needs is not in the estimate that keeps a limit.
-        is_free = plan.is_whole and self.memory_limit_bytes is None and callback_on_step_end is None
-        if self._backend is not None and is_free:
-            output_B3HW = run_groups(
-                self._backend.run, self.guidance, frames_B3hw, latents, schedules, past.pictures, past.flow_L2HW, later
-            )
+        if backend is not None:
+            frame = (frames_B3hw, latents, schedules, past.pictures, motion_L, later, flow_network)
+            output_B3HW = run_groups(backend.run, self.guidance, *frame)
         else:
+            past = Past(past.pictures, self.options.warp, motion_L)
             seen_by_caller = (callback_on_step_end, callback_on_step_end_tensor_inputs)
             output_B3HW = self._reference.run(frames_B3hw, latents, schedules, past, later, plan, *seen_by_caller)
-        del past, previous, latents  # the new state needs their room
+        del past, previous, motion_L, latents  # the new state needs their room
 
         # 5. Only now, when nothing can fail any more, hand the outcome to the states. They own their memory: neither
         # the caller's tensors nor a neighbour in the batch.
@@ -426,6 +440,11 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         if steps not in self._known_schedules:
             self._known_schedules[steps] = make_schedule(self.scheduler, steps, self.options.schedules)
         return self._known_schedules[steps]
+
+    def _previous_inputs(self, states: Sequence[StreamState], later: Sequence[int]) -> Tensor:
+        """Return the previous input frames (L,3,h,w) of streams that have one, fp32."""
+        inputs = [states[b].prev_input_3HW for b in later]
+        return torch.stack([x.to(self.device, torch.float32) for x in inputs if x is not None])
 
     def _initial_latents(self, frames_B3hw: Tensor, states: Sequence[StreamState], noise_B4HW: Tensor | None) -> Tensor:
         """Return the latents (B,C,h,w) that denoising starts from, fp32."""

@@ -12,7 +12,7 @@ from jobs.bench import app, output_sizes
 from jobs.bench_measure import BenchResult
 from jobs.bench_peak import data_sheet_tflops, measured_tflops
 from jobs.bench_report import save_record, slug
-from jobs.bench_stages import INSIDE, STAGES, with_rest
+from jobs.bench_stages import INSIDE, STAGES, StageClock, metered, with_rest
 from jobs.bench_streams import carried, carried_lines
 from jobs.cli import main
 from jobs.errors import UsageError
@@ -147,6 +147,23 @@ def test_a_backend_that_runs_all_at_once_is_one_row(
     assert "stages cannot be told apart" in text
     stages = [line.split()[-4:] for line in text.splitlines() if " model " in line]
     assert stages and "unet" not in text and " flow " in text
+
+
+def test_flow_inside_of_the_frame_is_no_row_of_its_own(model: Path) -> None:
+    import torch
+
+    from pipeline import StreamDiffVSRPipeline
+    from pipeline.cuda_backend import CapturingBackend
+
+    pipe = StreamDiffVSRPipeline.from_pretrained(model, flow="net")
+    for backend, seen in ((None, {"flow"}), (CapturingBackend(pipe), set())):
+        pipe._backend, clock, state = backend, StageClock(pipe.device), pipe.start()
+        with metered(pipe, clock, fused=True):
+            for _ in range(2):
+                clock.next_frame()
+                pipe.step(torch.zeros(1, 3, 16, 16), [state], steps=1)
+        assert clock.milliseconds(skip=0).keys() == seen
+        assert pipe.flow.name == "net"
 
 
 def test_what_no_stage_explains() -> None:
