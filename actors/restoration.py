@@ -28,7 +28,9 @@ from actors.overlap import ReadAhead, WriteBehind
 from actors.pictures import Picture, resize
 from actors.records import Row, RowOptions, SegmentRecord, segment_stem
 from actors.shot_store import ShotStore
+from actors.step_batch import step_with_flow
 from infra.storage import storage_for, video_source
+from pipeline.flow_ahead import FlowSearch, flow_ahead
 from pipeline.frames import frame_to_tensor, tensor_to_frame
 from pipeline.segments import SegmentReport, SegmentWriter, segment_suffix
 from pipeline.state import StreamState
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 QUEUE_DEPTH = 4  # frames between decoder and model, and between model and encoder
-Step = Callable[..., "Tensor"]  # (frame, state, steps), and the window where it alone is to be restored
+Step = Callable[..., "Tensor"]  # (frame, state, steps), and a window or a flow where there is one: `step_alone`
 
 
 class Advance(NamedTuple):
@@ -85,6 +87,7 @@ class Restoration:
         row: the shot.
         threads: CPU threads that the decoder may use.
         step: one step of the model for one stream; the default is the pipeline's own.
+        look_ahead: whether to look for the flow of the next frame while the model has this one; None: where it helps.
         from_start: decode the source from its beginning, where it cannot be entered at any place.
 
     Attributes:
@@ -104,6 +107,7 @@ class Restoration:
         max_pixels: int,
         step: Step | None = None,
         from_start: bool = False,
+        look_ahead: bool | None = None,
     ) -> None:
         self._pipe, self._row = pipe, row
         self._step_model: Step = step or partial(step_alone, pipe)
@@ -126,6 +130,8 @@ class Restoration:
         self._told_damage = 0
         self._done: deque[SegmentRecord] = deque()
         self._seconds = {"model": 0.0, **({"warm_up": 0.0} if self._warm_up else {})}
+        self._restored_HWC: Picture | None = None  # the frame that is the state's previous input, where it is known
+        self._search: FlowSearch | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._writer: SegmentWriter | None = None
         if self._finished:
@@ -133,6 +139,7 @@ class Restoration:
         self._folder = self._make_folder()
         frames = self._frames_from_start() if from_start else iter(self._reader)
         self._frames = ReadAhead(frames, QUEUE_DEPTH)
+        self._ahead = None if look_ahead is False else flow_ahead(pipe, always=bool(look_ahead))
         self._results = WriteBehind(self._encode, QUEUE_DEPTH)
         self._uploads = WriteBehind(self._upload, 1)
 
@@ -190,6 +197,8 @@ class Restoration:
     ) -> None:
         if not self._finished:
             self._frames.close()
+            if self._ahead is not None:
+                self._ahead.close()
             self._results.close()
             try:
                 self._uploads.finish()  # closed segments are worth keeping, whatever happened to the next one
@@ -247,12 +256,35 @@ class Restoration:
             output_3HW = self._state.hold()
         else:
             steps = self._steps if choice is None else choice.level
-            where = () if choice is None or choice.window is None else (_window(choice.window),)
-            output_3HW = self._step_model(frame_to_tensor(rgb_HWC, self._pipe.device), self._state, steps, *where)[0]
+            window = None if choice is None or choice.window is None else _window(choice.window)
+            where = () if window is None else (window,)
+            flow_2HW = self._flow_to(rgb_HWC) if window is None else None
+            known = {} if flow_2HW is None else {"flow_2HW": flow_2HW}
+            if window is None:
+                self._look_ahead(rgb_HWC)
+            frame_13HW = frame_to_tensor(rgb_HWC, self._pipe.device)
+            output_3HW = self._step_model(frame_13HW, self._state, steps, *where, **known)[0]
+            self._restored_HWC = rgb_HWC if window is None else None  # then it is made of two frames
         if choice is not None:
             self._state.policy = choice.memory
         picture: Picture = tensor_to_frame(output_3HW, rgb_HWC.dtype)  # type: ignore[assignment]  # its own type
         return picture
+
+    def _flow_to(self, rgb_HWC: Picture) -> Tensor | None:
+        """Return the flow from this frame to the previous input if it was looked for; waits until it is found."""
+        search, self._search = self._search, None
+        if search is None:
+            return None
+        if search.is_for(rgb_HWC, self._restored_HWC):
+            return search.flow(self._pipe.device)
+        search.call_off()
+        return None
+
+    def _look_ahead(self, rgb_HWC: Picture) -> None:
+        """Begin to look for the flow from the next frame to this one, which is about to be restored as a whole."""
+        following = self._frames.peek() if self._ahead is not None else None
+        if self._ahead is not None and following is not None:
+            self._search = self._ahead.start(following.rgb_HWC, rgb_HWC)
 
     def _segment_end(self, done: int) -> _SegmentEnd | None:
         """What belongs to the frame that was just restored if it is the last one of its segment."""
@@ -312,11 +344,20 @@ class Restoration:
 
 # Both import diffusers only for windows: it takes seconds, and a stand-in has no use for it.
 def step_alone(
-    pipe: Engine, frame_13HW: Tensor, state: StreamState, steps: int | None, window: Window | None = None
+    pipe: Engine,
+    frame_13HW: Tensor,
+    state: StreamState,
+    steps: int | None,
+    window: Window | None = None,
+    flow_2HW: Tensor | None = None,
 ) -> Tensor:
-    """Restore the next frame (1,3,h,w) of one stream, whole or in a window, without a batch -> (1,3,4h,4w)."""
+    """Restore the next frame (1,3,h,w) of one stream, whole or in a window, without a batch -> (1,3,4h,4w).
+
+    Args:
+        flow_2HW: to the previous frame, where it is known already; not for windows.
+    """
     if window is None:
-        return pipe.step(frame_13HW, [state], steps=steps)
+        return step_with_flow(pipe, frame_13HW, [state], [steps], [flow_2HW])
     from pipeline.static_windows import step_window
 
     return step_window(pipe, frame_13HW, state, steps, window)

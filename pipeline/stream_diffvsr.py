@@ -289,7 +289,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         frames_B3HW: Tensor,
         states: Sequence[StreamState],
         noise_B4HW: Tensor | None = None,
-        flow_B2HW: Tensor | None = None,
+        flow_B2HW: Tensor | Sequence[Tensor | None] | None = None,
         steps: int | Sequence[int | None] | None = None,
         *,
         callback_on_step_end: StepCallback | None = None,
@@ -304,8 +304,9 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             frames_B3HW: input frames in [-1, 1], floating point, on any device; any equal size of at least 16 by 16.
             states: B different states in the order of the frames.
             noise_B4HW: initial latents (B,C,h,w) instead of the noise of (seed, index).
-            flow_B2HW: flow (B,2,4h,4w) in output pixels to the previous frame instead of `self.flow`'s; rows of streams
-                without a previous frame are ignored.
+            flow_B2HW: flow (B,2,4h,4w) in output pixels to the previous frame instead of `self.flow`'s; or one entry
+                for each stream, (2,4h,4w), or None to have it estimated. Those of streams without a previous frame
+                are ignored.
             steps: number of denoising steps, for all or per stream; None means 4.
             callback_on_step_end: called as ``callback(pipe, number, timestep, tensors)`` after every denoising step,
                 as in diffusers; `timestep` (R,) holds those of the streams that took the step. It may return a dict
@@ -337,16 +338,12 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         flow_network: nn.Module | None = None
         motion_L: Tensor | None = None
         if later and self.guidance.needs_warp:
-            if flow_B2HW is not None:
-                motion_L = take_rows(flow_B2HW, later).to(device, torch.float32)
-            elif backend is not None and self._flow_in_frame is not None:
+            if flow_B2HW is None and backend is not None and self._flow_in_frame is not None:
                 # the backend takes the network into the frame, and is given what that looks at
                 flow_network = self._flow_in_frame
                 motion_L = self._previous_inputs(states, later)
             else:
-                side = plan.flow
-                estimate = self.flow if side is None else partial(flow_in_tiles, self.flow, side=side)
-                motion_L = estimate(take_rows(frames_B3hw, later), self._previous_inputs(states, later)).to(device)
+                motion_L = self._flow_of(frames_B3hw, states, later, flow_B2HW, plan.flow)
 
         # 3. Draw the initial latents
         latents = self._initial_latents(frames_B3hw, states, noise_B4HW)
@@ -440,6 +437,30 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         if steps not in self._known_schedules:
             self._known_schedules[steps] = make_schedule(self.scheduler, steps, self.options.schedules)
         return self._known_schedules[steps]
+
+    def _flow_of(
+        self,
+        frames_B3hw: Tensor,
+        states: Sequence[StreamState],
+        later: list[int],
+        given: Tensor | Sequence[Tensor | None] | None,
+        side: int | None,
+    ) -> Tensor:
+        """Return the flow (L,2,H,W) of streams with a previous frame: as given, or estimated in tiles of `side`."""
+        if isinstance(given, Tensor):
+            return take_rows(given, later).to(self.device, torch.float32)
+        rows = [b for b in later if given is None or given[b] is None]
+        found: dict[int, Tensor] = {}
+        if rows:
+            estimate = self.flow if side is None else partial(flow_in_tiles, self.flow, side=side)
+            estimated = estimate(take_rows(frames_B3hw, rows), self._previous_inputs(states, rows)).to(self.device)
+            if given is None or rows == later:
+                return estimated
+            found = dict(zip(rows, estimated, strict=True))
+        for b, flow_2HW in enumerate(given or ()):
+            if flow_2HW is not None:
+                found[b] = flow_2HW.to(self.device, torch.float32)
+        return torch.stack([found[b] for b in later])
 
     def _previous_inputs(self, states: Sequence[StreamState], later: Sequence[int]) -> Tensor:
         """Return the previous input frames (L,3,h,w) of streams that have one, fp32."""
