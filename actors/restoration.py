@@ -30,7 +30,7 @@ from actors.records import Row, RowOptions, SegmentRecord, segment_stem
 from actors.shot_store import ShotStore
 from actors.step_batch import step_with_flow
 from infra.storage import storage_for, video_source
-from pipeline.flow_ahead import FlowSearch, flow_ahead
+from pipeline.flow_ahead import NextFlow, flow_ahead
 from pipeline.frames import frame_to_tensor, tensor_to_frame
 from pipeline.segments import SegmentReport, SegmentWriter, segment_suffix
 from pipeline.state import StreamState
@@ -130,8 +130,6 @@ class Restoration:
         self._told_damage = 0
         self._done: deque[SegmentRecord] = deque()
         self._seconds = {"model": 0.0, **({"warm_up": 0.0} if self._warm_up else {})}
-        self._restored_HWC: Picture | None = None  # the frame that is the state's previous input, where it is known
-        self._search: FlowSearch | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._writer: SegmentWriter | None = None
         if self._finished:
@@ -140,6 +138,7 @@ class Restoration:
         frames = self._frames_from_start() if from_start else iter(self._reader)
         self._frames = ReadAhead(frames, QUEUE_DEPTH)
         self._ahead = None if look_ahead is False else flow_ahead(pipe, always=bool(look_ahead))
+        self._next = None if self._ahead is None else NextFlow(self._ahead)
         self._results = WriteBehind(self._encode, QUEUE_DEPTH)
         self._uploads = WriteBehind(self._upload, 1)
 
@@ -257,34 +256,32 @@ class Restoration:
         else:
             steps = self._steps if choice is None else choice.level
             window = None if choice is None or choice.window is None else _window(choice.window)
-            where = () if window is None else (window,)
-            flow_2HW = self._flow_to(rgb_HWC) if window is None else None
-            known = {} if flow_2HW is None else {"flow_2HW": flow_2HW}
-            if window is None:
-                self._look_ahead(rgb_HWC)
+            known = {} if window is not None else self._known_flow(rgb_HWC)
+            self._look_ahead(rgb_HWC if window is None else None)  # with a window, the next flow leads to two frames
             frame_13HW = frame_to_tensor(rgb_HWC, self._pipe.device)
+            where = () if window is None else (window,)
             output_3HW = self._step_model(frame_13HW, self._state, steps, *where, **known)[0]
-            self._restored_HWC = rgb_HWC if window is None else None  # then it is made of two frames
+            if self._next is not None:
+                self._next.done()
         if choice is not None:
             self._state.policy = choice.memory
         picture: Picture = tensor_to_frame(output_3HW, rgb_HWC.dtype)  # type: ignore[assignment]  # its own type
         return picture
 
-    def _flow_to(self, rgb_HWC: Picture) -> Tensor | None:
-        """Return the flow from this frame to the previous input if it was looked for; waits until it is found."""
-        search, self._search = self._search, None
-        if search is None:
-            return None
-        if search.is_for(rgb_HWC, self._restored_HWC):
-            return search.flow(self._pipe.device)
-        search.call_off()
-        return None
+    def _known_flow(self, rgb_HWC: Picture) -> dict[str, Tensor]:
+        """Return the flow to the previous input if it was looked for, as an argument of a step; waits for it."""
+        search = None if self._next is None else self._next.take(rgb_HWC)
+        flow_2HW = None if search is None else search.flow(self._pipe.device)
+        return {} if flow_2HW is None else {"flow_2HW": flow_2HW}
 
-    def _look_ahead(self, rgb_HWC: Picture) -> None:
-        """Begin to look for the flow from the next frame to this one, which is about to be restored as a whole."""
-        following = self._frames.peek() if self._ahead is not None else None
-        if self._ahead is not None and following is not None:
-            self._search = self._ahead.start(following.rgb_HWC, rgb_HWC)
+    def _look_ahead(self, restoring_HWC: Picture | None) -> None:
+        """Begin to look for the flow from the next frame to this one, if that is read already."""
+        if self._next is None:
+            return
+        self._next.begin(restoring_HWC)
+        following = self._frames.peek()
+        if following is not None:
+            self._next.look(following.rgb_HWC)
 
     def _segment_end(self, done: int) -> _SegmentEnd | None:
         """What belongs to the frame that was just restored if it is the last one of its segment."""

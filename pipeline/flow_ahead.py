@@ -7,7 +7,8 @@ numbers are those that the step itself would have found, bit for bit.
 It pays where the estimator runs on the processor and the networks elsewhere (`helps`). Where both share a processor it
 moves work from one thread to another.
 
-Knows: frames as arrays, one estimator, threads. Does not know: streams; whoever holds one keeps its `FlowSearch`.
+Knows: frames as arrays, one estimator, threads, and which frame a stream's next flow leads to. Does not know: states,
+queues, or when a frame is dropped.
 """
 
 from __future__ import annotations
@@ -81,6 +82,42 @@ class FlowAhead:
     def close(self) -> None:
         """Call off what was not begun, and wait for the threads to end."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class NextFlow:
+    """The flow of one stream's next frame; of one search at a time, so that one flow at most waits for its step.
+
+    For each frame: `take` what was found for it, `begin` its step, `look` at the frame after it as soon as that is
+    there, and say when the step is `done`. A frame that gets the output of the one before changes nothing and is not
+    told. What was looked for in vain (a frame was dropped, a scene began) is let go; the step then estimates its flow.
+    """
+
+    def __init__(self, ahead: FlowAhead) -> None:
+        self._ahead = ahead
+        self._restoring_HWC: NDArray[np.integer] | None = None
+        self._restored_HWC: NDArray[np.integer] | None = None  # the frame that is the state's previous input
+        self._search: FlowSearch | None = None
+
+    def take(self, frame_HWC: NDArray[np.integer]) -> FlowSearch | None:
+        """Return the search for the flow from this frame to the stream's previous input, if there is one."""
+        search, self._search = self._search, None
+        if search is not None and not search.is_for(frame_HWC, self._restored_HWC):
+            search.call_off()
+            return None
+        return search
+
+    def begin(self, frame_HWC: NDArray[np.integer] | None) -> None:
+        """A frame is restored; None: the stream's previous input will be no frame, but a part of one, or nothing."""
+        self._restoring_HWC, self._restored_HWC = frame_HWC, None
+
+    def look(self, following_HWC: NDArray[np.integer]) -> None:
+        """Begin to look for the flow from the frame that follows to the one that is being restored."""
+        if self._restoring_HWC is not None and self._search is None:
+            self._search = self._ahead.start(following_HWC, self._restoring_HWC)
+
+    def done(self) -> None:
+        """The frame has been restored: it is the stream's previous input now."""
+        self._restoring_HWC, self._restored_HWC = None, self._restoring_HWC
 
 
 def can_run_ahead(flow: object) -> TypeGuard[DISFlow]:
