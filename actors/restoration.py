@@ -256,8 +256,8 @@ class Restoration:
         else:
             steps = self._steps if choice is None else choice.level
             window = None if choice is None or choice.window is None else _window(choice.window)
-            known = {} if window is not None else self._known_flow(rgb_HWC)
-            self._look_ahead(rgb_HWC if window is None else None)  # with a window, the next flow leads to two frames
+            flow_2HW = self._look_ahead(rgb_HWC, is_whole=window is None)
+            known = {} if flow_2HW is None else {"flow_2HW": flow_2HW}
             frame_13HW = frame_to_tensor(rgb_HWC, self._pipe.device)
             where = () if window is None else (window,)
             output_3HW = self._step_model(frame_13HW, self._state, steps, *where, **known)[0]
@@ -268,20 +268,20 @@ class Restoration:
         picture: Picture = tensor_to_frame(output_3HW, rgb_HWC.dtype)  # type: ignore[assignment]  # its own type
         return picture
 
-    def _known_flow(self, rgb_HWC: Picture) -> dict[str, Tensor]:
-        """Return the flow to the previous input if it was looked for, as an argument of a step; waits for it."""
-        search = None if self._next is None else self._next.take(rgb_HWC)
-        flow_2HW = None if search is None else search.flow(self._pipe.device)
-        return {} if flow_2HW is None else {"flow_2HW": flow_2HW}
+    def _look_ahead(self, rgb_HWC: Picture, *, is_whole: bool) -> Tensor | None:
+        """Return the flow (2,4h,4w) to the previous input if it was looked for; begin to look for the next frame's.
 
-    def _look_ahead(self, restoring_HWC: Picture | None) -> None:
-        """Begin to look for the flow from the next frame to this one, if that is read already."""
+        Where a window alone is restored none is wanted, and the next flow will lead to a picture of two frames.
+        """
         if self._next is None:
-            return
-        self._next.begin(restoring_HWC)
+            return None
+        search = self._next.take(rgb_HWC)
+        flow_2HW = search.flow(self._pipe.device) if search is not None and is_whole else None
+        self._next.begin(rgb_HWC if is_whole else None)
         following = self._frames.peek()
         if following is not None:
             self._next.look(following.rgb_HWC)
+        return flow_2HW
 
     def _segment_end(self, done: int) -> _SegmentEnd | None:
         """What belongs to the frame that was just restored if it is the last one of its segment."""

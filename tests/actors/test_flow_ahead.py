@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,13 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> StreamDiffVSRPipeline:
 
 
 def scenes() -> list[NDArray[np.uint8]]:
-    """Six frames that move, six that stand still, six in which a square moves."""
+    """Six frames that move, six that stand still but for a little noise, six in which a square moves before that."""
     moving = make_clip(6, 48, 64)
-    still = [moving[-1]] * 6
-    square = []
-    for left in range(8, 32, 4):
-        square.append(still[0].copy())
-        square[-1][16:28, left : left + 10] = (250, 20, 90)
-    return [*moving, *still, *square]
+    noise = np.random.default_rng(2)
+    still = [np.clip(moving[-1].astype(int) + noise.integers(-1, 2, moving[-1].shape), 0, 255) for _ in range(12)]
+    for picture, left in zip(still[6:], range(8, 32, 4), strict=True):
+        picture[16:28, left : left + 10] = (250, 20, 90)
+    return [*moving, *(picture.astype(np.uint8) for picture in still)]
 
 
 def row_of(folder: Path, frames: list[NDArray[np.uint8]], **options: Any) -> Row:
@@ -76,7 +76,7 @@ def row_of(folder: Path, frames: list[NDArray[np.uint8]], **options: Any) -> Row
 
 
 class Restored:
-    """What one run gave: outputs, whether flow was known, and seconds for each frame."""
+    """What one run gave: outputs, and whether flow was known."""
 
     def __init__(self, pipe: StreamDiffVSRPipeline, row: Row, *, look_ahead: bool) -> None:
         self.outputs: list[Tensor] = []
@@ -89,11 +89,9 @@ class Restored:
             self.known.append("flow_2HW" in known)
             return self.outputs[-1]
 
-        began = time.perf_counter()
         with Restoration(pipe, row, threads=1, max_pixels=10**6, step=step, look_ahead=look_ahead) as task:
             for _ in task.run():
                 pass
-        self.seconds = time.perf_counter() - began
 
 
 @pytest.mark.parametrize(
@@ -144,14 +142,36 @@ def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DISFlow, "_search", search)
 
 
+def timed(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Callable[[], float]:
+    """Return what tells, and forgets, the median seconds of the calls of a method: a busy machine has few good ones."""
+    seconds: list[float] = []
+    method = getattr(owner, name)
+
+    def around(*arguments: Any) -> Any:
+        began = time.perf_counter()
+        outcome = method(*arguments)
+        seconds.append(time.perf_counter() - began)
+        return outcome
+
+    def median() -> float:
+        found = statistics.median(seconds)
+        seconds.clear()
+        return found
+
+    monkeypatch.setattr(owner, name, around)
+    return median
+
+
 def test_a_step_does_not_wait_for_flow(
     pipe: StreamDiffVSRPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_down(monkeypatch)
-    frames = make_clip(16, 48, 64)
-    usual = Restored(pipe, row_of(tmp_path, frames, steps=1), look_ahead=False).seconds
-    ahead = Restored(pipe, row_of(tmp_path, frames, steps=1), look_ahead=True).seconds
-    assert usual - ahead > 0.6 * FLOW_S * (len(frames) - 1)
+    step_s = timed(monkeypatch, Restoration, "_step")
+    frames = make_clip(12, 48, 64)
+    Restored(pipe, row_of(tmp_path, frames, steps=1), look_ahead=False)
+    usual_s = step_s()
+    Restored(pipe, row_of(tmp_path, frames, steps=1), look_ahead=True)
+    assert usual_s - step_s() > 0.6 * FLOW_S
 
 
 def test_an_error_of_the_search_is_an_error_of_the_step(
@@ -213,7 +233,7 @@ def test_live_streams_get_the_same_pictures(
     policy: str, engine: LiveEngine, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames = list(make_clip(18, 48, 64))
-    frames[12:] = [np.ascontiguousarray(picture[:, ::-1]) for picture in frames[12:]]  # a cut that is found
+    frames[12:] = [255 - picture[::-1] // 3 for picture in frames[12:]]  # a cut that is found
     seen: list[tuple[bool, bool]] = []
     flow_of = LiveEngine._flow_of
 
@@ -237,6 +257,7 @@ def test_live_streams_get_the_same_pictures(
     request.getfixturevalue("ahead")
     found = run()
     assert not any(known and first for known, first in seen)
+    assert policy == "newest" or sum(first for _, first in seen) == 6, "beginning, cut told, cut found; two streams"
     if policy == "newest":  # which frames are dropped is chance
         assert all(answers[-1].header.reason is DropReason.NONE for answers in found)
         return
@@ -252,17 +273,16 @@ def test_a_live_step_does_not_wait_for_flow(
     engine: LiveEngine, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_down(monkeypatch)
-    frames = make_clip(16, 48, 64)
+    step_s = timed(monkeypatch, LiveEngine, "step")
 
     def run() -> float:
         with live_service(engine=engine) as service:
-            began = time.perf_counter()
-            asyncio.run(stream(service, frames, cuts=False))
-            return time.perf_counter() - began
+            asyncio.run(stream(service, make_clip(12, 48, 64), cuts=False))
+            return step_s()
 
-    usual = run()
+    usual_s = run()
     request.getfixturevalue("ahead")
-    assert usual - run() > 0.5 * FLOW_S * (len(frames) - 2)
+    assert usual_s - run() > 0.6 * FLOW_S
 
 
 def test_a_live_search_that_fails_is_the_failure_of_its_stream_alone(
