@@ -323,6 +323,8 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         """
         # 1. Check everything that can be wrong, before anything is computed
         require_inputs(self, frames_B3HW, states, noise_B4HW, flow_B2HW, callback_on_step_end_tensor_inputs)
+        if flow_B2HW is not None and not isinstance(flow_B2HW, Tensor) and all(flow is None for flow in flow_B2HW):
+            flow_B2HW = None
         schedules = self._schedules(steps, len(states))
         device, dtype = self.device, self.unet.dtype
         frames_B3hw = frames_B3HW.to(device, torch.float32)

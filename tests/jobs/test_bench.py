@@ -233,6 +233,30 @@ def test_from_file_to_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "upriver bench pipeline" in next(tmp_path.glob("pipeline-*.md")).read_text()
 
 
+def test_from_file_to_file_flow_is_looked_for_ahead_as_in_a_worker(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infra.settings import Settings
+    from jobs import bench_pipeline
+    from jobs.bench_clip import write_clip
+    from pipeline import StreamDiffVSRPipeline, flow_ahead
+
+    clip, pipe = tmp_path / "clip.mp4", StreamDiffVSRPipeline.from_pretrained(model)
+    write_clip(clip, 32, 32, 8)
+    known: list[bool] = []
+    step = pipe.step
+    monkeypatch.setattr(flow_ahead, "helps", lambda _: True)
+    monkeypatch.setattr(
+        pipe,
+        "step",
+        lambda *given, **more: (known.append((more.get("flow_B2HW") or [None])[0] is not None), step(*given, **more))[
+            1
+        ],
+    )
+    bench_pipeline._from_file_to_file(pipe, Settings(steps=1), clip, tmp_path / "out.mp4")
+    assert len(known) == 8 and sum(known) >= 4
+
+
 def test_decoder_model_and_encoder_work_at_the_same_time(model: Path, tmp_path: Path) -> None:
     """With an encoder as slow as the model, the clip takes about as long as one of them, not as both."""
     import time
