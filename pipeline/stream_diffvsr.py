@@ -342,7 +342,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         if later and self.guidance.needs_warp:
             if flow_B2HW is None and backend is not None and self._flow_in_frame is not None:
                 # the backend takes the network into the frame, and is given what that looks at
-                flow_network = self._flow_in_frame
+                flow_network = self._flow_in_frame.to(device)  # an estimator may have been put in place later
                 motion_L = self._previous_inputs(states, later)
             else:
                 motion_L = self._flow_of(frames_B3hw, states, later, flow_B2HW, plan.flow)

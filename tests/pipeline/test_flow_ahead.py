@@ -151,3 +151,17 @@ def test_it_is_used_where_it_helps(pipe: StreamDiffVSRPipeline) -> None:
     for flow in (DISFlow("output"), ZeroFlow(), NetFlow(), Held()):
         assert flow_ahead(Elsewhere(flow), always=True) is None  # type: ignore[arg-type]
     assert flow_ahead(StandIn("stand-in:1"), always=True) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["8 bit", "16 bit"])
+def test_beside_a_gpu_it_is_the_flow_that_the_step_would_find(kind: str) -> None:
+    device = torch.device("cuda")
+    before, now, _ = pictures(kind)
+    wanted = DISFlow()(frame_to_tensor(now, device), frame_to_tensor(before, device))
+    ahead = FlowAhead(DISFlow())
+    search = ahead.start(now, before)
+    assert search is not None
+    found = search.flow(device)
+    ahead.close()
+    assert found is not None and torch.equal(found, wanted[0])

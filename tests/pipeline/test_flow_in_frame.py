@@ -241,3 +241,28 @@ def test_windows_are_restored_with_the_same_flow(netted: StreamDiffVSRPipeline) 
         use(netted, backend)
         assert worst_db(run(), wanted) > 90
         netted.use_backend("eager")
+
+
+def test_an_estimator_that_came_later_is_brought_to_the_device(netted: StreamDiffVSRPipeline) -> None:
+    netted.flow = NetFlow().to("meta")
+    netted.to("meta")
+    netted.flow = NetFlow()  # on the processor
+    netted._backend = CapturingBackend(netted)
+    state, frame = netted.start(), torch.empty(1, 3, 24, 32, device="meta")
+    for _ in range(2):
+        output = netted.step(frame, [state], torch.empty(1, 4, 24, 32, device="meta"), steps=1)
+    assert output.device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["graph", "compiled"])
+def test_a_gpu_records_the_flow_network_with_the_others(
+    model_folder: Path, backend: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = StreamDiffVSRPipeline.from_pretrained(model_folder, device="cuda", flow="net")
+    frames = clip(6, 48, 64)
+    wanted = restore(pipe, frames)
+    pipe.use_backend(backend)
+    monkeypatch.setattr(NetFlow, "__call__", not_outside)
+    assert worst_db(restore(pipe, frames), wanted) > 45
+    assert not caplog.records
