@@ -398,7 +398,7 @@ class LiveConnection:
             self._tell_granted()
             return
         self.session.wait(frame)
-        self._stepper.wake()
+        self._stepper.arrived(self.session)
 
     # Messages out
 

@@ -15,6 +15,9 @@ import torch
 
 from actors.batch_policy import LearnedBatches
 from actors.errors import FailureClass, failure_class
+from actors.hardware import usable_cores
+from actors.step_batch import step_with_flow
+from pipeline.flow_ahead import flow_ahead
 from pipeline.frames import frame_to_tensor
 from pipeline.shots import CutDetector
 from pipeline.step_policy import StepPolicy, choose
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.engine import Engine
+    from pipeline.flow_ahead import FlowSearch
     from pipeline.state import StreamState
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,7 @@ class StepRequest:
     Attributes:
         steps: denoising steps; 0 for a plain resize, which is not made here: only the state advances.
         policy: may lower `steps`, by what the frame shows, but not to 0.
+        search: for the flow to the stream's previous input, where it began before the step.
         output_3HW: the restored frame, nominal [-1, 1], on the engine's device; None for a plain resize.
         reset: the stream had no memory at this frame. error: why there is no output; the state is as before then.
     """
@@ -49,6 +54,7 @@ class StepRequest:
     cut: bool = False
     find_cuts: bool = True
     policy: StepPolicy | None = None
+    search: FlowSearch | None = None
     output_3HW: Tensor | None = None
     index: int = 0
     reset: bool = False
@@ -71,6 +77,7 @@ class LiveEngine:
         self.sizes: dict[int, int] = {}  # batches by how many streams each had
         self.steps = 0
         self.batches = LearnedBatches(largest_batch)
+        self.ahead = flow_ahead(pipe, threads=max(1, min(largest_batch, usable_cores() - 1)))
         self._threads = threads
         self._pixel_s: dict[int, float] = {}  # seconds per input pixel and frame, by step count
         self._frame_s: dict[tuple[int, int, int], float] = {}  # by height, width, step count
@@ -160,9 +167,9 @@ class LiveEngine:
         began = time.perf_counter()
         try:
             frames_B3HW = torch.cat([frame_to_tensor(request.rgb_HWC, self.pipe.device) for request in batch])
-            output_B3HW = self.pipe.step(
-                frames_B3HW, [request.state for request in batch], steps=[request.steps for request in batch]
-            )
+            flows = [self._flow_of(request) for request in batch]
+            states, steps = [request.state for request in batch], [request.steps for request in batch]
+            output_B3HW = step_with_flow(self.pipe, frames_B3HW, states, steps, flows)
         except Exception as error:
             self._run_again(batch, error)
             return
@@ -171,6 +178,12 @@ class LiveEngine:
         self.sizes[len(batch)] = self.sizes.get(len(batch), 0) + 1
         self.steps += len(batch)
         self._learn(batch, time.perf_counter() - began)
+
+    def _flow_of(self, request: StepRequest) -> Tensor | None:
+        """Return the flow (2,4h,4w) that was looked for before the step; where a scene begins none is wanted."""
+        if request.search is None or request.state.is_first:
+            return None
+        return request.search.flow(self.pipe.device)
 
     def _run_again(self, batch: list[StepRequest], error: Exception) -> None:
         """No state has changed: try smaller, so that one bad frame or too large a batch does not cost the others."""

@@ -66,6 +66,11 @@ class ReadAhead(Generic[T]):
             raise self._error
         raise StopIteration
 
+    def peek(self) -> T | None:
+        """Return the next item without taking it; None if it is not there yet, or there is none."""
+        with self._changed:
+            return self._ready[0] if self._ready else None
+
     def close(self) -> None:
         """Stop the thread and wait for it; items that were read and not taken are dropped."""
         with self._changed:

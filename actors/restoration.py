@@ -28,7 +28,9 @@ from actors.overlap import ReadAhead, WriteBehind
 from actors.pictures import Picture, resize
 from actors.records import Row, RowOptions, SegmentRecord, segment_stem
 from actors.shot_store import ShotStore
+from actors.step_batch import step_with_flow
 from infra.storage import storage_for, video_source
+from pipeline.flow_ahead import NextFlow, flow_ahead
 from pipeline.frames import frame_to_tensor, tensor_to_frame
 from pipeline.segments import SegmentReport, SegmentWriter, segment_suffix
 from pipeline.state import StreamState
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 QUEUE_DEPTH = 4  # frames between decoder and model, and between model and encoder
-Step = Callable[..., "Tensor"]  # (frame, state, steps), and the window where it alone is to be restored
+Step = Callable[..., "Tensor"]  # (frame, state, steps), and a window or a flow where there is one: `step_alone`
 
 
 class Advance(NamedTuple):
@@ -85,6 +87,7 @@ class Restoration:
         row: the shot.
         threads: CPU threads that the decoder may use.
         step: one step of the model for one stream; the default is the pipeline's own.
+        look_ahead: whether to look for the flow of the next frame while the model has this one; None: where it helps.
         from_start: decode the source from its beginning, where it cannot be entered at any place.
 
     Attributes:
@@ -104,6 +107,7 @@ class Restoration:
         max_pixels: int,
         step: Step | None = None,
         from_start: bool = False,
+        look_ahead: bool | None = None,
     ) -> None:
         self._pipe, self._row = pipe, row
         self._step_model: Step = step or partial(step_alone, pipe)
@@ -133,6 +137,8 @@ class Restoration:
         self._folder = self._make_folder()
         frames = self._frames_from_start() if from_start else iter(self._reader)
         self._frames = ReadAhead(frames, QUEUE_DEPTH)
+        self._ahead = None if look_ahead is False else flow_ahead(pipe, always=bool(look_ahead))
+        self._next = None if self._ahead is None else NextFlow(self._ahead)
         self._results = WriteBehind(self._encode, QUEUE_DEPTH)
         self._uploads = WriteBehind(self._upload, 1)
 
@@ -190,6 +196,8 @@ class Restoration:
     ) -> None:
         if not self._finished:
             self._frames.close()
+            if self._ahead is not None:
+                self._ahead.close()
             self._results.close()
             try:
                 self._uploads.finish()  # closed segments are worth keeping, whatever happened to the next one
@@ -247,12 +255,33 @@ class Restoration:
             output_3HW = self._state.hold()
         else:
             steps = self._steps if choice is None else choice.level
-            where = () if choice is None or choice.window is None else (_window(choice.window),)
-            output_3HW = self._step_model(frame_to_tensor(rgb_HWC, self._pipe.device), self._state, steps, *where)[0]
+            window = None if choice is None or choice.window is None else _window(choice.window)
+            flow_2HW = self._look_ahead(rgb_HWC, is_whole=window is None)
+            known = {} if flow_2HW is None else {"flow_2HW": flow_2HW}
+            frame_13HW = frame_to_tensor(rgb_HWC, self._pipe.device)
+            where = () if window is None else (window,)
+            output_3HW = self._step_model(frame_13HW, self._state, steps, *where, **known)[0]
+            if self._next is not None:
+                self._next.done()
         if choice is not None:
             self._state.policy = choice.memory
         picture: Picture = tensor_to_frame(output_3HW, rgb_HWC.dtype)  # type: ignore[assignment]  # its own type
         return picture
+
+    def _look_ahead(self, rgb_HWC: Picture, *, is_whole: bool) -> Tensor | None:
+        """Return the flow (2,4h,4w) to the previous input if it was looked for; begin to look for the next frame's.
+
+        Where a window alone is restored none is wanted, and the next flow will lead to a picture of two frames.
+        """
+        if self._next is None:
+            return None
+        search = self._next.take(rgb_HWC)
+        flow_2HW = search.flow(self._pipe.device) if search is not None and is_whole else None
+        self._next.begin(rgb_HWC if is_whole else None)
+        following = self._frames.peek()
+        if following is not None:
+            self._next.look(following.rgb_HWC)
+        return flow_2HW
 
     def _segment_end(self, done: int) -> _SegmentEnd | None:
         """What belongs to the frame that was just restored if it is the last one of its segment."""
@@ -312,11 +341,20 @@ class Restoration:
 
 # Both import diffusers only for windows: it takes seconds, and a stand-in has no use for it.
 def step_alone(
-    pipe: Engine, frame_13HW: Tensor, state: StreamState, steps: int | None, window: Window | None = None
+    pipe: Engine,
+    frame_13HW: Tensor,
+    state: StreamState,
+    steps: int | None,
+    window: Window | None = None,
+    flow_2HW: Tensor | None = None,
 ) -> Tensor:
-    """Restore the next frame (1,3,h,w) of one stream, whole or in a window, without a batch -> (1,3,4h,4w)."""
+    """Restore the next frame (1,3,h,w) of one stream, whole or in a window, without a batch -> (1,3,4h,4w).
+
+    Args:
+        flow_2HW: to the previous frame, where it is known already; not for windows.
+    """
     if window is None:
-        return pipe.step(frame_13HW, [state], steps=steps)
+        return step_with_flow(pipe, frame_13HW, [state], [steps], [flow_2HW])
     from pipeline.static_windows import step_window
 
     return step_window(pipe, frame_13HW, state, steps, window)

@@ -328,6 +328,12 @@ class Session:
         # The oldest, whichever is taken: the newest always looks as if it had just come, and its stream would starve.
         return self._waiting[0].arrived + (self.ladder.budget_s if self.ladder.budget_s is not None else 1.0)
 
+    def following(self) -> Incoming | None:
+        """Return the frame that will come after the one in the step, as it looks now, if it will want flow to that."""
+        frame = None if self.in_step is None else self._candidate()
+        wants = frame is not None and Flag.CUT not in frame.flags and self.ladder.level > 0
+        return frame if wants else None
+
     def size(self) -> tuple[int, int] | None:
         """Return height and width of the frame that `take` would return now, or None."""
         frame = self._candidate()

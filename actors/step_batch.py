@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import FailureClass, TilesFixed, failure_class
+from pipeline.engine import StandIn
 from pipeline.errors import MemoryLimitError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class _Request:
     state: StreamState
     steps: int | None
     window: Window | None = None
+    flow_2HW: Tensor | None = None
     output_13HW: Tensor | None = None
     error: BaseException | None = None
     taken: bool = field(default=False)
@@ -84,16 +86,26 @@ class StepBatch:
                 self._rows -= 1
                 self._changed.notify_all()
 
-    def step(self, frame_13HW: Tensor, state: StreamState, steps: int | None, window: Window | None = None) -> Tensor:
+    def step(
+        self,
+        frame_13HW: Tensor,
+        state: StreamState,
+        steps: int | None,
+        window: Window | None = None,
+        flow_2HW: Tensor | None = None,
+    ) -> Tensor:
         """Return the output (1,3,4h,4w) of the next frame (1,3,h,w) of one stream.
 
         With a window only that is restored (`pipeline.static_windows`), and the frame goes by itself: no two windows
         are of one size.
 
+        Args:
+            flow_2HW: to the previous frame, where it is known already; not for windows.
+
         Raises:
             PipelineError: as `StreamDiffVSRPipeline.step`; the states of the whole batch are as before.
         """
-        mine = _Request(frame_13HW, state, steps, window)
+        mine = _Request(frame_13HW, state, steps, window, flow_2HW)
         patient_until = time.monotonic() + self._patience_s
         with self._changed:
             self._waiting.append(mine)
@@ -131,11 +143,9 @@ class StepBatch:
             from pipeline.static_windows import step_window  # with diffusers, which a stand-in has no use for
 
             return step_window(self._pipe, first.frame_13HW, first.state, first.steps, first.window)
-        return self._pipe.step(
-            torch.cat([one.frame_13HW for one in batch]),
-            [one.state for one in batch],
-            steps=[one.steps for one in batch],
-        )
+        frames_B3HW, states = torch.cat([one.frame_13HW for one in batch]), [one.state for one in batch]
+        steps = [one.steps for one in batch]
+        return step_with_flow(self._pipe, frames_B3HW, states, steps, [one.flow_2HW for one in batch])
 
     def _run(self, batch: list[_Request]) -> None:
         try:
@@ -160,6 +170,19 @@ class StepBatch:
         self.sizes[len(batch)] = self.sizes.get(len(batch), 0) + 1
         for one, output_3HW in zip(batch, output_B3HW, strict=True):
             one.output_13HW = output_3HW[None]
+
+
+def step_with_flow(
+    pipe: Engine,
+    frames_B3HW: Tensor,
+    states: Sequence[StreamState],
+    steps: Sequence[int | None],
+    flows: Sequence[Tensor | None],
+) -> Tensor:
+    """Step the engine with the flow (2,4h,4w) of those streams of which it is known."""
+    if isinstance(pipe, StandIn) or all(flow is None for flow in flows):
+        return pipe.step(frames_B3HW, states, steps=steps)
+    return pipe.step(frames_B3HW, states, steps=steps, flow_B2HW=flows)
 
 
 def _fixed(error: BaseException) -> TilesFixed:

@@ -13,12 +13,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from actors.live_engine import LiveEngine, StepRequest
 from actors.session import Answer, Incoming, Session
 from infra.protocol import NO_FLAGS, Flag
 from infra.telemetry import Telemetry
+from pipeline.flow_ahead import NextFlow
 from pipeline.step_policy import StepPolicy
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,16 @@ class Seat:
     engine: LiveEngine
     answer: Callable[[Answer], None]
     failed: Callable[[BaseException], None]
+    next_flow: NextFlow | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.next_flow = None if self.engine.ahead is None else NextFlow(self.engine.ahead)
+
+    def look_ahead(self) -> None:
+        """While a frame is in a step, begin to look for the flow from the one that waits behind it."""
+        following = None if self.next_flow is None else self.session.following()
+        if self.next_flow is not None and following is not None and following.rgb_HWC is not None:
+            self.next_flow.look(following.rgb_HWC)
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +93,13 @@ class Stepper:
     def wake(self) -> None:
         """Look at the sessions again: one has a new frame, or has come or gone."""
         self._wake.set()
+
+    def arrived(self, session: Session) -> None:
+        """A session has a new frame."""
+        seat = self.seats.get(str(session.key))
+        if seat is not None:
+            seat.look_ahead()
+        self.wake()
 
     async def in_thread(self, work: Callable[[], None]) -> None:
         """Run `work` in the thread that owns the device, between two batches."""
@@ -146,6 +164,10 @@ class Stepper:
                 find_cuts=session.hello.cuts,
                 policy=_POLICY if session.hello.adaptive and not frame.replayed else None,
             )
+            if seat.next_flow is not None:
+                request.search = seat.next_flow.take(frame.rgb_HWC)
+                seat.next_flow.begin(frame.rgb_HWC if level > 0 else None)
+                seat.look_ahead()
             taken = _Taken(seat, frame, request, now)
             groups[id(seat.engine), frame.rgb_HWC.shape[:2]].append(taken)
         if not groups:
@@ -215,6 +237,8 @@ class Stepper:
         if request.error is not None:
             taken.session_failed(request.error)
             return
+        if taken.seat.next_flow is not None:
+            taken.seat.next_flow.done()
         session.step_s = seconds
         flags = (frame.flags & Flag.GAP) | (Flag.RESET if request.reset else NO_FLAGS)
         answer = Answer(

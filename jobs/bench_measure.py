@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from pipeline.state import StreamState
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
@@ -161,8 +162,8 @@ def _measure_one(
         stages = {name: value for name, value in stages.items() if name in INSIDE or name not in STAGES}
     flops = flops_by_stage(pipe, height, width, batch=batch, steps=settings.fixed_steps)
     if fused:
-        inside = sum(count for name, count in flops.items() if name != "flow")
-        flops = {name: count for name, count in flops.items() if name == "flow"} | {"model": inside}
+        beside = {} if pipe.flow_runs_in_the_frame else {name: n for name, n in flops.items() if name == "flow"}
+        flops = beside | {"model": sum(flops.values()) - sum(beside.values())}
     return BenchResult(
         model=settings.model,
         model_sha256="" if settings.model.startswith(PREFIX) else pipe.model_sha256,
@@ -210,15 +211,26 @@ def _first_frame_ms(pipe: StreamDiffVSRPipeline, width: int, height: int, batch:
 
 
 def restore(
-    pipe: StreamDiffVSRPipeline, picture_HWC: Restored, states: Sequence[StreamState], steps: int | None
+    pipe: StreamDiffVSRPipeline,
+    picture_HWC: Restored,
+    states: Sequence[StreamState],
+    steps: int | None,
+    flows: Sequence[Tensor | None] | None = None,
 ) -> list[Restored]:
-    """Take one picture of each stream through the model, from main memory to main memory."""
+    """Take one picture of each stream through the model, from main memory to main memory.
+
+    Args:
+        flows: of each stream (2,4h,4w), where it is known.
+    """
     import torch
 
     from pipeline.frames import frame_to_tensor, tensor_to_frame
 
     frames_B3hw = torch.cat([frame_to_tensor(picture_HWC) for _ in states])
-    output_B3HW = pipe.step(frames_B3hw, states, steps=steps)
+    if flows is None:
+        output_B3HW = pipe.step(frames_B3hw, states, steps=steps)
+    else:
+        output_B3HW = pipe.step(frames_B3hw, states, steps=steps, flow_B2HW=flows)
     return [tensor_to_frame(output_3HW, picture_HWC.dtype) for output_3HW in output_B3HW]
 
 

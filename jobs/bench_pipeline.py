@@ -22,8 +22,12 @@ from jobs.bench_model import open_model
 from jobs.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from jobs.bench import BenchRequest
+    from pipeline.flow_ahead import NextFlow
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
+    from pipeline.video import VideoFrame
 
 WARM_UP: Final = 5  # a backend that records frames does so at the third of a kind
 DEPTH: Final = 4  # pictures between two threads, at most
@@ -153,8 +157,11 @@ class _Run:
 def _from_file_to_file(pipe: StreamDiffVSRPipeline, settings: Settings, clip: Path, result: Path) -> _Run:
     from actors.overlap import ReadAhead, WriteBehind
     from jobs.bench_measure import restore
+    from pipeline.flow_ahead import NextFlow, flow_ahead
     from pipeline.video import EncoderOptions, VideoReader, VideoWriter
 
+    searches = flow_ahead(pipe)
+    next_flow = None if searches is None else NextFlow(searches)
     options = EncoderOptions(
         codec=settings.codec,
         crf=settings.crf,
@@ -170,16 +177,33 @@ def _from_file_to_file(pipe: StreamDiffVSRPipeline, settings: Settings, clip: Pa
             ahead, behind = ReadAhead(iter(reader), DEPTH), WriteBehind(writer.write, DEPTH)
             try:
                 for frame in ahead:
-                    picture = restore(pipe, frame.rgb_HWC, states, settings.fixed_steps)[0]
+                    flows = None if next_flow is None else [_look_ahead(pipe, next_flow, frame, ahead.peek())]
+                    picture = restore(pipe, frame.rgb_HWC, states, settings.fixed_steps, flows)[0]
+                    if next_flow is not None:
+                        next_flow.done()
                     behind.put(dataclasses.replace(frame, rgb_HWC=picture))
                     done_s.append(time.perf_counter() - began)
                 behind.finish()
             finally:
                 ahead.close()
                 behind.close()
+                if searches is not None:
+                    searches.close()
             writer.close()
     whole_s = time.perf_counter() - began
     return _Run(done_s, whole_s, ahead.waited_s, behind.waited_s)
+
+
+def _look_ahead(
+    pipe: StreamDiffVSRPipeline, next_flow: NextFlow, frame: VideoFrame, following: VideoFrame | None
+) -> Tensor | None:
+    """Return the flow of a frame that was looked for before, and begin to look for that of the one after it."""
+    search = next_flow.take(frame.rgb_HWC)
+    flow_2HW = None if search is None else search.flow(pipe.device)
+    next_flow.begin(frame.rgb_HWC)
+    if following is not None:
+        next_flow.look(following.rgb_HWC)
+    return flow_2HW
 
 
 _HEAD: Final = (

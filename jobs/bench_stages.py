@@ -3,7 +3,7 @@
 While it runs, the functions that make up a stage are replaced by themselves with a meter around them. On a GPU the
 meter is a pair of CUDA events: nothing waits for the device, so that it is as busy as without the meter. Code that was
 compiled, captured or handed to another library cannot be looked into: of such a backend, only the flow is a stage of
-its own, and the rest is one row, ``model``.
+its own, and the rest is one row, ``model``; where the backend estimates the flow as well, that is in this row.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def metered(pipe: StreamDiffVSRPipeline, meter: Meter, *, fused: bool = False) -
     """Put `meter` around the stages of `pipe`'s steps; afterwards everything is as before.
 
     Args:
-        fused: a backend runs the whole step: only the flow is metered.
+        fused: a backend runs the whole step: only the flow is metered, unless that is a part of it.
     """
     from pipeline import reference_step as engine
 
@@ -136,9 +136,10 @@ def metered(pipe: StreamDiffVSRPipeline, meter: Meter, *, fused: bool = False) -
         places = []
     before = [getattr(owner, name) for owner, name, _ in places]
     flow = pipe.flow
+    in_the_frame = fused and pipe.flow_runs_in_the_frame
     for (owner, name, stage), function in zip(places, before, strict=True):
         setattr(owner, name, meter.around(stage, function))
-    pipe.flow = _MeteredFlow(flow, meter)
+    pipe.flow = flow if in_the_frame else _MeteredFlow(flow, meter)
     try:
         yield
     finally:

@@ -3,8 +3,8 @@
 Knows: names of backends and which suits a device, and how a batch of unlike streams becomes groups of like ones. Does
 not know: how any of them works inside (`pipeline.openvino_backend`, `pipeline.cuda_backend`).
 
-"eager" is the reference. The others take a frame through all networks as one function (`pipeline.frame_core`); steps
-with tiles or callbacks fall back to the reference.
+"eager" is the reference. The others take a frame through all networks as one function (`pipeline.frame_core`), the flow
+network among them where that is the estimator; steps with tiles or callbacks fall back to the reference.
 
 Shapes: B streams of the batch, L those with a previous frame, h w input size, H W output size, C latent channels.
 """
@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import BackendError
 
@@ -148,29 +148,33 @@ def run_groups(
     latents_BChw: Tensor,
     schedules: Sequence[Schedule],
     previous: Sequence[Tensor],
-    flow_L2HW: Tensor | None,
+    motion_L: Tensor | None,
     later: Sequence[int],
+    flow_network: nn.Module | None = None,
 ) -> Tensor:
     """Return the outputs (B,3,H,W) of a batch of streams, those alike together.
 
     Args:
         previous: previous outputs (3,H,W) of the L streams that have one and use it.
-        flow_L2HW: their flow; None where nothing is warped.
+        motion_L: their flow (L,2,H,W); with `flow_network` their previous input frames (L,3,h,w); None where nothing is
+            warped.
         later: their numbers, in the same order.
+        flow_network: estimates their flow inside the function; None: it is given.
     """
     from pipeline.frame_core import CoreInputs, CoreKind
 
     groups: dict[CoreKind, list[int]] = {}
     for row, schedule in enumerate(schedules):
-        groups.setdefault(CoreKind(row in later, schedule, guidance), []).append(row)
+        guided = row in later
+        groups.setdefault(CoreKind(guided, schedule, guidance, flow_network if guided else None), []).append(row)
     outputs: list[tuple[list[int], Tensor]] = []
     for kind, rows in groups.items():
         inputs = CoreInputs(take_rows(frames_B3hw, rows), take_rows(latents_BChw, rows))
         if kind.guided:
             at = [later.index(row) for row in rows]
-            flow = None if flow_L2HW is None else take_rows(flow_L2HW, at)
+            motion = None if motion_L is None else take_rows(motion_L, at)
             pictures = previous[at[0]].unsqueeze(0) if len(at) == 1 else torch.stack([previous[n] for n in at])
-            inputs = CoreInputs(inputs.frames_B3hw, inputs.latents_BChw, pictures, flow)
+            inputs = CoreInputs(inputs.frames_B3hw, inputs.latents_BChw, pictures, motion)
         outputs.append((rows, run(kind, inputs)))
     if len(outputs) == 1:
         return outputs[0][1]

@@ -125,9 +125,7 @@ def fingerprint(
     """
     digest = hashlib.sha256()
     for name, network in (("unet", unet), ("controlnet", controlnet), ("vae", vae)):
-        for key, tensor in sorted(network.state_dict().items()):
-            digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        _add_weights(digest, name, network)
     digest.update(scheduler.alphas_cumprod.numpy().tobytes())
     config = scheduler.config
     decisive = {
@@ -136,6 +134,19 @@ def fingerprint(
     }
     digest.update(json.dumps(decisive, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Return a SHA-256 over the weights of one network."""
+    digest = hashlib.sha256()
+    _add_weights(digest, type(network).__qualname__, network)
+    return digest.hexdigest()
+
+
+def _add_weights(digest: hashlib._Hash, name: str, network: nn.Module) -> None:
+    for key, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _load_network(kind: type[Network], folder: Path, notes: list[str]) -> Network:

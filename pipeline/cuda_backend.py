@@ -89,6 +89,7 @@ class CapturingBackend:
         self._cores: dict[CoreKind, FrameCore] = {}
         self._recordings: OrderedDict[tuple[object, ...], _Recording | None] = OrderedDict()
         self._lock = threading.Lock()  # the buffers of a recording serve one caller at a time
+        self._compiles = compiles
         self._compiled = _compile_regions(pipe) if compiles else []
 
     def run(self, kind: CoreKind, inputs: CoreInputs) -> Tensor:
@@ -124,6 +125,10 @@ class CapturingBackend:
 
     def _core(self, kind: CoreKind) -> FrameCore:
         if kind not in self._cores:
+            network = kind.flow_network
+            if self._compiles and network is not None and network not in self._compiled:
+                network.compile(dynamic=False)
+                self._compiled.append(network)
             self._cores[kind] = FrameCore(self._pipe, kind).eval()
         return self._cores[kind]
 

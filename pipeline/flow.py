@@ -15,13 +15,17 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import FlowError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SCALE: Final = 4
 FlowName = Literal["raft", "raft-small", "dis", "net", "zero", "given"]
@@ -33,6 +37,7 @@ _RAFT_UPDATES: Final = 12
 _RAFT_MULTIPLE: Final = 8
 _RAFT_MINIMUM: Final = 128
 _DIS_MINIMUM: Final = 32
+_LUMA: Final = (299, 587, 114)  # BT.601, in thousandths
 
 
 @runtime_checkable
@@ -107,14 +112,30 @@ class DISFlow:
 
     def __call__(self, current_B3hw: Tensor, previous_B3hw: Tensor) -> Tensor:
         """Return the flow (B,2,4h,4w); the streams of a batch are estimated one after the other."""
-        import cv2
-
         pairs = torch.stack([current_B3hw, previous_B3hw])
         if self.size == "output":
             pairs = upscale_frames(pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
         height, width = pairs.shape[-2:]
-        padded = _pad(pairs.flatten(0, 1), minimum=_DIS_MINIMUM).unflatten(0, pairs.shape[:2])
-        grey_2Bhw = _grey_levels(padded).numpy()
+        grey_2Bhw = _grey_levels(_pad(pairs.flatten(0, 1), minimum=_DIS_MINIMUM)).unflatten(0, pairs.shape[:2])
+        flow_B2hw = self._search(*grey_2Bhw.numpy())[..., :height, :width].to(current_B3hw.device)
+        return flow_B2hw.contiguous() if self.size == "output" else upscale_flow(flow_B2hw)
+
+    def search(self, current_HWC: NDArray[np.integer], previous_HWC: NDArray[np.integer]) -> Tensor:
+        """Return what a call with these frames, uint8 or full-scale uint16, finds at input size (1,2,h,w), on the CPU.
+
+        `upscale_flow` of it, on the device of the frames, is what the call returns, bit for bit.
+        """
+        if self.size != "input":
+            raise ValueError("flow at output size is found in enlarged frames, not in arrays")
+        height, width = current_HWC.shape[:2]
+        edges = [(0, max(0, _DIS_MINIMUM - height)), (0, max(0, _DIS_MINIMUM - width))]
+        grey = (np.pad(_grey_of_levels(frame), edges, mode="edge")[None] for frame in (current_HWC, previous_HWC))
+        return self._search(*grey)[..., :height, :width]
+
+    def _search(self, current_Bhw: NDArray[np.uint8], previous_Bhw: NDArray[np.uint8]) -> Tensor:
+        """Return the flow (B,2,h,w) between grey frames, in their pixels."""
+        import cv2
+
         # an object of its own for every call: it keeps buffers, and calls may come from several threads. The faster
         # presets do not give the same flow every time
         estimator: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -123,10 +144,9 @@ class DISFlow:
             estimator.setFinestScale(0)
         flows = [
             torch.from_numpy(estimator.calc(current, previous, None))
-            for current, previous in zip(grey_2Bhw[0], grey_2Bhw[1], strict=True)
+            for current, previous in zip(current_Bhw, previous_Bhw, strict=True)
         ]
-        flow_B2hw = torch.stack(flows).permute(0, 3, 1, 2)[..., :height, :width].to(current_B3hw.device)
-        return flow_B2hw.contiguous() if self.size == "output" else upscale_flow(flow_B2hw)
+        return torch.stack(flows).permute(0, 3, 1, 2)
 
     def to(self, device: torch.device | str) -> Self:
         """Return the estimator: it runs on the CPU and hands its flow to the frames' device."""
@@ -343,11 +363,24 @@ def _read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(str(error)) from error
 
 
-def _grey_levels(frames: Tensor) -> Tensor:
-    """Return 8-bit luma (BT.601 weights) of frames in [-1, 1] whose third dimension from the end is RGB, on the CPU."""
-    red, green, blue = frames.to(torch.float32).unbind(dim=-3)
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    return ((luma + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+def _grey_levels(frames_B3hw: Tensor) -> Tensor:
+    """Return 8-bit luma (B,h,w) of frames in [-1, 1], on the CPU.
+
+    It is counted in whole numbers, from the levels that a frame had as 8 or 16 bits: so a device that rounds otherwise
+    sees the same, and so does who never made a tensor of the frame.
+    """
+    red, green, blue = ((frames_B3hw.to(torch.float32) + 1) * 32767.5).round().to(torch.int32).unbind(dim=1)
+    luma_Bhw = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    return torch.div(luma_Bhw + 128_500, 257_000, rounding_mode="floor").clamp(0, 255).to(torch.uint8).cpu()
+
+
+def _grey_of_levels(frame_HWC: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Return what `_grey_levels` returns of the frame (H,W,3) as a tensor: (H,W)."""
+    red, green, blue = (frame_HWC[..., channel].astype(np.int32) for channel in range(3))
+    luma_HW = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    half, whole = (500, 1000) if frame_HWC.dtype == np.uint8 else (128_500, 257_000)
+    grey_HW: NDArray[np.uint8] = ((luma_HW + half) // whole).astype(np.uint8)
+    return grey_HW
 
 
 def _import_raft() -> ModuleType:

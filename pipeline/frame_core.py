@@ -1,7 +1,8 @@
 """One frame through all networks as one function of tensors: what can be captured, exported and compiled as a whole.
 
-Knows: the arithmetic of a step for streams that are alike: all with a previous output or all without, on one schedule.
-Does not know: states, flow estimation, noise, tiles, or what runs the function (`pipeline.backends`).
+Knows: the arithmetic of a step for streams that are alike: all with a previous output or all without, on one schedule;
+and flow, where the network of our own estimates it (`pipeline.flow_net`). Does not know: states, other estimators of
+flow, noise, tiles, or what runs the function (`pipeline.backends`).
 
 `StreamDiffVSRPipeline` has the same arithmetic for batches of unlike streams, with callbacks and tiles; tests hold the
 two together. Nothing in here depends on values of tensors, and sizes come from shapes alone.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pipeline.flow import upscale_flow
 from pipeline.guidance import artg_residuals, embed_condition, flow_warp
 from pipeline.options import Guidance
 from pipeline.schedule import Schedule, ddim_roots, ddim_update
@@ -27,11 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CoreKind:
-    """Which function: for streams with a previous output or without, on which schedule, and how guidance is used."""
+    """Which function: for streams with a previous output or without, on which schedule, and how guidance is used.
+
+    Attributes:
+        flow_network: estimates the flow as a part of the function (`pipeline.flow.NetFlow.network`); None: the flow is
+            given to it, or nothing is warped.
+    """
 
     guided: bool
     schedule: Schedule
     guidance: Guidance
+    flow_network: nn.Module | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +50,19 @@ class CoreInputs:
         frames_B3hw: input frames in [-1, 1], fp32.
         latents_BChw: initial latents, fp32.
         previous_B3HW: previous outputs as the decoder gave them; None without guidance.
-        flow_B2HW: to the previous frame, in output pixels, fp32; None without guidance, and where nothing is warped.
+        motion: the flow (B,2,H,W) to the previous frame in output pixels, fp32; for a function that estimates it the
+            previous input frames (B,3,h,w), fp32; None without guidance, and where nothing is warped.
     """
 
     frames_B3hw: Tensor
     latents_BChw: Tensor
     previous_B3HW: Tensor | None = None
-    flow_B2HW: Tensor | None = None
+    motion: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those that are there, in the order of `FrameCore.forward`."""
-        given = (self.frames_B3hw, self.latents_BChw, self.previous_B3HW, self.flow_B2HW)
+        given = (self.frames_B3hw, self.latents_BChw, self.previous_B3HW, self.motion)
         return tuple(x for x in given if x is not None)
 
 
@@ -71,6 +80,7 @@ class FrameCore(nn.Module):
     def __init__(self, pipe: StreamDiffVSRPipeline, kind: CoreKind) -> None:
         super().__init__()
         self.unet, self.controlnet, self.vae = pipe.unet, pipe.controlnet, pipe.vae
+        self.flow_network = kind.flow_network
         self.scheduler = pipe.scheduler
         self.kind = kind
         self.uses_artg = kind.guided and kind.guidance.artg
@@ -89,9 +99,12 @@ class FrameCore(nn.Module):
         frames_B3hw: Tensor,
         latents_BChw: Tensor,
         previous_B3HW: Tensor | None = None,
-        flow_B2HW: Tensor | None = None,
+        motion: Tensor | None = None,
     ) -> Tensor:
         """Return the decoder's output (B,3,H,W) in the dtype of the networks; arguments as in `CoreInputs`."""
+        flow_B2HW = motion
+        if self.flow_network is not None and motion is not None:
+            flow_B2HW = self.estimate(frames_B3hw, motion)
         return self.restore(frames_B3hw, latents_BChw, *self.look_back(previous_B3HW, flow_B2HW))
 
     def look_back(self, previous_B3HW: Tensor | None, flow_B2HW: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -120,6 +133,11 @@ class FrameCore(nn.Module):
                 output_BChw = output_BChw + estimate_BChw
             latents_BChw = ddim_update(self.scheduler, output_BChw, latents_BChw, roots)
         return self.decode((latents_BChw / self.vae.config.scaling_factor).to(dtype), seen_B3HW)
+
+    def estimate(self, frames_B3hw: Tensor, before_B3hw: Tensor) -> Tensor:
+        """Return the flow (B,2,H,W) to the input frames before, in fp32 whatever the networks compute in."""
+        assert self.flow_network is not None
+        return upscale_flow(self.flow_network(frames_B3hw, before_B3hw))
 
     def embed(self, warped_B3HW: Tensor) -> Tensor:
         """Return ARTG's embedding (B,C,h,w) of the warped previous output."""

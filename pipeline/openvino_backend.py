@@ -5,7 +5,8 @@ are run. Does not know: batches (on a CPU they gain nothing; streams run one aft
 its neighbours).
 
 The networks of the pipeline stay in fp32, and so does the state; the number format of the arithmetic is OpenVINO's. The
-warp and the steps of the schedule are left to torch: they need fp32 whatever the networks compute in.
+warp and the steps of the schedule are left to torch: they need fp32 whatever the networks compute in. So does the flow
+network, which is a part of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backends import import_openvino
+from pipeline.checkpoint import weights_sha256
 from pipeline.frame_core import CoreInputs, CoreKind, FrameCore
 from pipeline.model_source import cache_folder
 from pipeline.schedule import Schedule
@@ -99,6 +101,10 @@ class _OpenVINOCore(FrameCore):
         super().__init__(pipe, kind)
         self._parts = parts
 
+    def estimate(self, frames_B3hw: Tensor, before_B3hw: Tensor) -> Tensor:
+        assert self.flow_network is not None
+        return self._parts.run("flow", (frames_B3hw, before_B3hw), self.flow_network)
+
     def embed(self, warped_B3HW: Tensor) -> Tensor:
         return self._parts.run("embed", (warped_B3HW,))
 
@@ -119,25 +125,30 @@ class _Parts:
     def __init__(self, pipe: StreamDiffVSRPipeline, dtype: torch.dtype) -> None:
         self._pipe = pipe
         self._precision = _PRECISIONS[dtype]
-        self._requests: dict[tuple[str, int], Any] = {}
+        self._requests: dict[tuple[str, int, nn.Module | None], Any] = {}
 
-    def run(self, name: str, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Return what a part makes of its inputs, by as many threads as torch has now."""
-        key = (name, torch.get_num_threads())
+    def run(self, name: str, tensors: tuple[Tensor, ...], flow_network: nn.Module | None = None) -> Tensor:
+        """Return what a part makes of its inputs, by as many threads as torch has now.
+
+        Args:
+            flow_network: the part's network, where it is none of the pipeline's three.
+        """
+        key = (name, torch.get_num_threads(), flow_network)
         if key not in self._requests:
-            self._requests[key] = self._compile(name, tensors)
+            self._requests[key] = self._compile(name, tensors, flow_network)
         inputs = [(x.to(torch.float32) if x.is_floating_point() else x).contiguous().numpy() for x in tensors]
         results = self._requests[key].infer(inputs, share_inputs=True)
         return torch.from_numpy(results[0].copy())  # the request writes to the same place again
 
-    def _compile(self, name: str, tensors: tuple[Tensor, ...]) -> Any:
+    def _compile(self, name: str, tensors: tuple[Tensor, ...], flow_network: nn.Module | None) -> Any:
         # For every size: a form for one size is hardly faster (8 % at 160x120), and a stream of another size would have
         # all others wait for a second.
         compiled = _core().compile_model(
-            self._converted(name, tensors),
+            self._converted(name, tensors, flow_network),
             "CPU",
             {
-                "INFERENCE_PRECISION_HINT": self._precision,
+                # Flow in bf16 errs by up to a pixel of the output.
+                "INFERENCE_PRECISION_HINT": self._precision if flow_network is None else "f32",
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 "NUM_STREAMS": 1,
                 "PERFORMANCE_HINT": "LATENCY",
@@ -146,12 +157,12 @@ class _Parts:
         )
         return compiled.create_infer_request()
 
-    def _converted(self, name: str, tensors: tuple[Tensor, ...]) -> Any:
+    def _converted(self, name: str, tensors: tuple[Tensor, ...], flow_network: nn.Module | None) -> Any:
         """Return a part in OpenVINO's form: read from the cache, or traced and kept there."""
-        place = cache_folder() / "openvino" / self._identity(name)
+        place = cache_folder() / "openvino" / self._identity(name, flow_network)
         with contextlib.suppress(RuntimeError, OSError):  # nothing there, or nothing that can be read
             return _core().read_model(place / "model.xml")
-        core = FrameCore(self._pipe, CoreKind(True, Schedule((), ()), self._pipe.guidance)).eval()
+        core = FrameCore(self._pipe, CoreKind(True, Schedule((), ()), self._pipe.guidance, flow_network)).eval()
         if self._pipe.unet.dtype != torch.float32:
             core = copy.deepcopy(core).to(torch.float32)
         pictures = [x for x in tensors if x.ndim == 4]
@@ -169,11 +180,12 @@ class _Parts:
         _keep(model, place)
         return model
 
-    def _identity(self, name: str) -> str:
+    def _identity(self, name: str, flow_network: nn.Module | None) -> str:
         """Return a hash over all that a converted form depends on."""
         pipe = self._pipe
         versions = (import_openvino().__version__, torch.__version__, diffusers.__version__, _own_code())
-        parts = (pipe.model_sha256, str(pipe.unet.dtype), name, *versions)
+        weights = pipe.model_sha256 if flow_network is None else weights_sha256(flow_network)
+        parts = (weights, str(pipe.unet.dtype), name, *versions)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -187,6 +199,8 @@ class _Part(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         match self._name:
+            case "flow":
+                return self._owner.estimate(*tensors)
             case "embed":
                 return self._owner.embed(*tensors)
             case "predict" | "predict_guided":

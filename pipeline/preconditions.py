@@ -61,7 +61,7 @@ def require_inputs(
     frames_B3HW: Tensor,
     states: Sequence[StreamState],
     noise_B4HW: Tensor | None,
-    flow_B2HW: Tensor | None,
+    flow_B2HW: Tensor | Sequence[Tensor | None] | None,
     callback_inputs: Sequence[str],
 ) -> None:
     """Check the arguments of `StreamDiffVSRPipeline.step`.
@@ -108,8 +108,18 @@ def require_inputs(
     if noise_B4HW is not None and tuple(noise_B4HW.shape) != latent:
         raise _wrong_shape("noise_B4HW", noise_B4HW, latent)
     field = (batch, 2, height * SCALE, width * SCALE)
-    if flow_B2HW is not None and tuple(flow_B2HW.shape) != field:
+    if isinstance(flow_B2HW, Tensor) and tuple(flow_B2HW.shape) != field:
         raise _wrong_shape("flow_B2HW", flow_B2HW, field)
+    if flow_B2HW is not None and not isinstance(flow_B2HW, Tensor):
+        if len(flow_B2HW) != batch:
+            raise InputError(
+                f"flow_B2HW has {len(flow_B2HW)} entries for {batch} streams.",
+                code="flow-count",
+                remedy="Give one tensor for all streams, or one entry for each: its flow, or None.",
+            )
+        for flow_2HW in flow_B2HW:
+            if flow_2HW is not None and tuple(flow_2HW.shape) != field[1:]:
+                raise _wrong_shape("an entry of flow_B2HW", flow_2HW, field[1:])
     unknown = sorted(set(callback_inputs) - set(CALLBACK_TENSORS))
     if unknown:
         raise InputError(

@@ -29,7 +29,7 @@ from pipeline.autoencoder import TemporalAutoencoderTiny
 from pipeline.backends import Backend, choose_backend, make_backend, run_groups, take_rows
 from pipeline.checkpoint import fingerprint, load_checkpoint, save_extras
 from pipeline.errors import InputError
-from pipeline.flow import FlowEstimator, FlowName, FlowSize, make_flow
+from pipeline.flow import FlowEstimator, FlowName, FlowSize, NetFlow, make_flow
 from pipeline.frame_core import CoreKind, FrameCore
 from pipeline.frames import frame_to_tensor, shrink_to_multiple_of_4, tensor_to_frame
 from pipeline.memory import Tiler
@@ -228,9 +228,19 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         """Have the backend make what it needs for frames of any size, if it can, before anybody waits for a frame."""
         if self._backend is not None and self._backend.serves_every_size:
             state, side = self.start(), MINIMUM_SIDE
-            still = torch.zeros(1, 2, 4 * side, 4 * side)
+            still = None if self.flow_runs_in_the_frame else torch.zeros(1, 2, 4 * side, 4 * side)
             for _ in range(2):  # a first frame, and one with a past
                 self.step(torch.zeros(1, 3, side, side), [state], flow_B2HW=still, steps=1)
+
+    @property
+    def flow_runs_in_the_frame(self) -> bool:
+        """Whether the backend estimates flow as a part of the frame, so that `flow` is not called by itself."""
+        return self._backend is not None and self._flow_in_frame is not None
+
+    @property
+    def _flow_in_frame(self) -> nn.Module | None:
+        # not a subclass: it may do something else when it is called
+        return self.flow.network if type(self.flow) is NetFlow else None
 
     @property
     def model_sha256(self) -> str:
@@ -279,7 +289,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         frames_B3HW: Tensor,
         states: Sequence[StreamState],
         noise_B4HW: Tensor | None = None,
-        flow_B2HW: Tensor | None = None,
+        flow_B2HW: Tensor | Sequence[Tensor | None] | None = None,
         steps: int | Sequence[int | None] | None = None,
         *,
         callback_on_step_end: StepCallback | None = None,
@@ -294,8 +304,9 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             frames_B3HW: input frames in [-1, 1], floating point, on any device; any equal size of at least 16 by 16.
             states: B different states in the order of the frames.
             noise_B4HW: initial latents (B,C,h,w) instead of the noise of (seed, index).
-            flow_B2HW: flow (B,2,4h,4w) in output pixels to the previous frame instead of `self.flow`'s; rows of streams
-                without a previous frame are ignored.
+            flow_B2HW: flow (B,2,4h,4w) in output pixels to the previous frame instead of `self.flow`'s; or one entry
+                for each stream, (2,4h,4w), or None to have it estimated. Those of streams without a previous frame
+                are ignored.
             steps: number of denoising steps, for all or per stream; None means 4.
             callback_on_step_end: called as ``callback(pipe, number, timestep, tensors)`` after every denoising step,
                 as in diffusers; `timestep` (R,) holds those of the streams that took the step. It may return a dict
@@ -312,6 +323,8 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         """
         # 1. Check everything that can be wrong, before anything is computed
         require_inputs(self, frames_B3HW, states, noise_B4HW, flow_B2HW, callback_on_step_end_tensor_inputs)
+        if flow_B2HW is not None and not isinstance(flow_B2HW, Tensor) and all(flow is None for flow in flow_B2HW):
+            flow_B2HW = None
         schedules = self._schedules(steps, len(states))
         device, dtype = self.device, self.unet.dtype
         frames_B3hw = frames_B3HW.to(device, torch.float32)
@@ -321,31 +334,31 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         later = [b for b, state in enumerate(states) if not state.is_first] if self.guidance.needs_previous else []
         previous = [states[b].prev_output_3HW for b in later]
         past = Past([x.to(device, dtype) for x in previous if x is not None], self.options.warp)
+        # What a backend needs is not in the estimate that keeps a limit.
+        is_free = plan.is_whole and self.memory_limit_bytes is None and callback_on_step_end is None
+        backend = self._backend if is_free else None
+        flow_network: nn.Module | None = None
+        motion_L: Tensor | None = None
         if later and self.guidance.needs_warp:
-            if flow_B2HW is None:
-                inputs = [states[b].prev_input_3HW for b in later]
-                previous_L3hw = torch.stack([x.to(device, torch.float32) for x in inputs if x is not None])
-                side = plan.flow
-                estimate = self.flow if side is None else partial(flow_in_tiles, self.flow, side=side)
-                flow_L2HW = estimate(take_rows(frames_B3hw, later), previous_L3hw).to(device)
+            if flow_B2HW is None and backend is not None and self._flow_in_frame is not None:
+                # the backend takes the network into the frame, and is given what that looks at
+                flow_network = self._flow_in_frame.to(device)  # an estimator may have been put in place later
+                motion_L = self._previous_inputs(states, later)
             else:
-                flow_L2HW = take_rows(flow_B2HW, later).to(device, torch.float32)
-            past = Past(past.pictures, self.options.warp, flow_L2HW)
+                motion_L = self._flow_of(frames_B3hw, states, later, flow_B2HW, plan.flow)
 
         # 3. Draw the initial latents
         latents = self._initial_latents(frames_B3hw, states, noise_B4HW)
 
         # 4. Denoise and decode: all networks as one function where that can be, otherwise one after the other
-        # What a backend needs is not in the estimate that keeps a limit.
-        is_free = plan.is_whole and self.memory_limit_bytes is None and callback_on_step_end is None
-        if self._backend is not None and is_free:
-            output_B3HW = run_groups(
-                self._backend.run, self.guidance, frames_B3hw, latents, schedules, past.pictures, past.flow_L2HW, later
-            )
+        if backend is not None:
+            frame = (frames_B3hw, latents, schedules, past.pictures, motion_L, later, flow_network)
+            output_B3HW = run_groups(backend.run, self.guidance, *frame)
         else:
+            past = Past(past.pictures, self.options.warp, motion_L)
             seen_by_caller = (callback_on_step_end, callback_on_step_end_tensor_inputs)
             output_B3HW = self._reference.run(frames_B3hw, latents, schedules, past, later, plan, *seen_by_caller)
-        del past, previous, latents  # the new state needs their room
+        del past, previous, motion_L, latents  # the new state needs their room
 
         # 5. Only now, when nothing can fail any more, hand the outcome to the states. They own their memory: neither
         # the caller's tensors nor a neighbour in the batch.
@@ -426,6 +439,35 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         if steps not in self._known_schedules:
             self._known_schedules[steps] = make_schedule(self.scheduler, steps, self.options.schedules)
         return self._known_schedules[steps]
+
+    def _flow_of(
+        self,
+        frames_B3hw: Tensor,
+        states: Sequence[StreamState],
+        later: list[int],
+        given: Tensor | Sequence[Tensor | None] | None,
+        side: int | None,
+    ) -> Tensor:
+        """Return the flow (L,2,H,W) of streams with a previous frame: as given, or estimated in tiles of `side`."""
+        if isinstance(given, Tensor):
+            return take_rows(given, later).to(self.device, torch.float32)
+        rows = [b for b in later if given is None or given[b] is None]
+        found: dict[int, Tensor] = {}
+        if rows:
+            estimate = self.flow if side is None else partial(flow_in_tiles, self.flow, side=side)
+            estimated = estimate(take_rows(frames_B3hw, rows), self._previous_inputs(states, rows)).to(self.device)
+            if given is None or rows == later:
+                return estimated
+            found = dict(zip(rows, estimated, strict=True))
+        for b, flow_2HW in enumerate(given or ()):
+            if flow_2HW is not None:
+                found[b] = flow_2HW.to(self.device, torch.float32)
+        return torch.stack([found[b] for b in later])
+
+    def _previous_inputs(self, states: Sequence[StreamState], later: Sequence[int]) -> Tensor:
+        """Return the previous input frames (L,3,h,w) of streams that have one, fp32."""
+        inputs = [states[b].prev_input_3HW for b in later]
+        return torch.stack([x.to(self.device, torch.float32) for x in inputs if x is not None])
 
     def _initial_latents(self, frames_B3hw: Tensor, states: Sequence[StreamState], noise_B4HW: Tensor | None) -> Tensor:
         """Return the latents (B,C,h,w) that denoising starts from, fp32."""

@@ -12,7 +12,7 @@ from jobs.bench import app, output_sizes
 from jobs.bench_measure import BenchResult
 from jobs.bench_peak import data_sheet_tflops, measured_tflops
 from jobs.bench_report import save_record, slug
-from jobs.bench_stages import INSIDE, STAGES, with_rest
+from jobs.bench_stages import INSIDE, STAGES, StageClock, metered, with_rest
 from jobs.bench_streams import carried, carried_lines
 from jobs.cli import main
 from jobs.errors import UsageError
@@ -149,6 +149,23 @@ def test_a_backend_that_runs_all_at_once_is_one_row(
     assert stages and "unet" not in text and " flow " in text
 
 
+def test_flow_inside_of_the_frame_is_no_row_of_its_own(model: Path) -> None:
+    import torch
+
+    from pipeline import StreamDiffVSRPipeline
+    from pipeline.cuda_backend import CapturingBackend
+
+    pipe = StreamDiffVSRPipeline.from_pretrained(model, flow="net")
+    for backend, seen in ((None, {"flow"}), (CapturingBackend(pipe), set())):
+        pipe._backend, clock, state = backend, StageClock(pipe.device), pipe.start()
+        with metered(pipe, clock, fused=True):
+            for _ in range(2):
+                clock.next_frame()
+                pipe.step(torch.zeros(1, 3, 16, 16), [state], steps=1)
+        assert clock.milliseconds(skip=0).keys() == seen
+        assert pipe.flow.name == "net"
+
+
 def test_what_no_stage_explains() -> None:
     stages = {"flow": 2.0, "unet": 5.0, "encode": 3.0}
     assert with_rest(stages, 10.0, fused=False)["other"] == 3.0
@@ -214,6 +231,30 @@ def test_from_file_to_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert result["ratio"] == pytest.approx(result["pipeline_fps"] / result["model_fps"], rel=0.02)
     assert result["whole_fps"] > 0 and 0 <= result["waited_for_decoder"] < 1 and result["first_frame_ms"] > 0
     assert "upriver bench pipeline" in next(tmp_path.glob("pipeline-*.md")).read_text()
+
+
+def test_from_file_to_file_flow_is_looked_for_ahead_as_in_a_worker(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infra.settings import Settings
+    from jobs import bench_pipeline
+    from jobs.bench_clip import write_clip
+    from pipeline import StreamDiffVSRPipeline, flow_ahead
+
+    clip, pipe = tmp_path / "clip.mp4", StreamDiffVSRPipeline.from_pretrained(model)
+    write_clip(clip, 32, 32, 8)
+    known: list[bool] = []
+    step = pipe.step
+    monkeypatch.setattr(flow_ahead, "helps", lambda _: True)
+    monkeypatch.setattr(
+        pipe,
+        "step",
+        lambda *given, **more: (known.append((more.get("flow_B2HW") or [None])[0] is not None), step(*given, **more))[
+            1
+        ],
+    )
+    bench_pipeline._from_file_to_file(pipe, Settings(steps=1), clip, tmp_path / "out.mp4")
+    assert len(known) == 8 and sum(known) >= 4
 
 
 def test_decoder_model_and_encoder_work_at_the_same_time(model: Path, tmp_path: Path) -> None:

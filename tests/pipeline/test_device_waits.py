@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline import StreamDiffVSRPipeline
 from pipeline.cuda_backend import CapturingBackend
-from pipeline.flow import ZeroFlow
+from pipeline.flow import NetFlow, ZeroFlow
 
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 
@@ -58,14 +58,14 @@ def elsewhere(parity_folder: Path) -> StreamDiffVSRPipeline:
     return pipe
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("flow", ["estimated", "given"])
+@pytest.mark.parametrize(("flow", "batch"), [("zero", 1), ("zero", 3), ("given", 1), ("given", 3), ("net", 3)])
 def test_a_step_of_streams_alike_stays_on_the_device(
     elsewhere: StreamDiffVSRPipeline, batch: int, flow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[object] = []
     make = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda data, **options: copies.append(data) or make(data, **options))
+    monkeypatch.setattr(elsewhere, "flow", NetFlow().to("meta") if flow == "net" else ZeroFlow())
     states = [elsewhere.start(seed=seed) for seed in range(batch)]
     given = meta(batch, 2, 96, 128) if flow == "given" else None
     for moment in range(4):
