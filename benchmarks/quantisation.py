@@ -228,7 +228,7 @@ def print_quality(
     steps: int | None,
     only: Sequence[str] | None,
 ) -> None:
-    """Print what the judge says of held-out clips, and the worst PSNR to fp32; of OpenVINO, which really rounds, too."""
+    """Print what the judge says of held-out clips, and the worst PSNR to fp32; of OpenVINO, which rounds, too."""
     reference = load()
     pipes = [open_variant(variant, load, steps) for variant in variants]
     real = {f"OpenVINO, {dtype}": dtype for dtype in (torch.bfloat16, torch.int8)}

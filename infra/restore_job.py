@@ -6,7 +6,7 @@ anything else: places must lie under prefixes that the operator allows, options 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -27,7 +27,7 @@ class JobOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = Field(default=None, max_length=200, pattern=r"^[A-Za-z0-9][\w./:-]*$")
-    steps: int | None = Field(default=None, ge=1, le=50)
+    steps: Annotated[int, Field(ge=1, le=50)] | Literal["auto"] | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     scale: int | None = Field(default=None, ge=2, le=4)
     height: int | None = Field(default=None, ge=16, le=16384)

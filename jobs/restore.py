@@ -193,6 +193,8 @@ class RestoreJob:
         self._report = Report()
         if self._choices.extras:
             _refuse_pictures(self.selection)
+        if self.settings.step_policy and not self._chooses_steps():
+            self._warn("step_policy has no effect: no video has steps auto. Give --steps auto, or leave it away.")
 
     def run(self) -> Report:
         """Restore all that is not finished yet.
@@ -256,9 +258,15 @@ class RestoreJob:
         stale = sum(made.find(item, run) is None for item, run in runs)
         if stale:
             told = f"{made.place}: {stale} of {len(survey.pending)} videos have no plan there that still holds"
-            self._report.warnings.append(f"{told}; they are planned now.")
-            print(f"upriver: {self._report.warnings[-1]}", file=sys.stderr)
+            self._warn(f"{told}; they are planned now.")
         return made
+
+    def _chooses_steps(self) -> bool:
+        return any(self.options.for_item(item).row["steps"] == "auto" for item in self.selection.items)
+
+    def _warn(self, told: str) -> None:
+        self._report.warnings.append(told)
+        print(f"upriver: {told}", file=sys.stderr)
 
     def _job_id(self, model: ResolvedModel) -> str:
         nothing = Item(source="", destination="", name="", size_bytes=0, version="")

@@ -44,6 +44,14 @@ def test_a_job_is_the_command_that_a_person_would_type() -> None:
     assert parsed(RULES.command("ann", SOURCE, DESTINATION, JobOptions())) == plain
 
 
+def test_steps_may_be_left_to_the_policy() -> None:
+    asked = JobOptions.model_validate_json('{"steps": "auto"}')
+    assert parsed(RULES.command("ann", SOURCE, DESTINATION, asked))["steps"] == "auto"
+    for wrong in ('{"steps": "automatic"}', '{"steps": 0}', '{"steps": 51}', '{"steps": "auto --overwrite"}'):
+        with pytest.raises(ValidationError):
+            JobOptions.model_validate_json(wrong)
+
+
 @pytest.mark.parametrize(
     "source", ["s3://tapes/in", "s3://tapes/in/", "s3://tapes/in/deep/er", "/films/a.mov", "/films"]
 )

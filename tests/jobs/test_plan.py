@@ -196,6 +196,29 @@ def test_the_policy_of_steps_is_part_of_a_run_where_it_has_an_effect() -> None:
         options_for(steps="auto", step_policy={"holds": 3})
 
 
+def test_a_policy_that_no_video_asks_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.restore import RestoreJob
+
+    (tmp_path / "tapes").mkdir()
+    (tmp_path / "tapes/a.mp4").write_bytes(b"")
+    lists = {}
+    for steps in ("auto", "2"):
+        lists[steps] = tmp_path / f"{steps}.csv"
+        lists[steps].write_text(f"source,steps\n{tmp_path}/tapes/a.mp4,{steps}\n")
+
+    def told(source: Path, **settings: object) -> str:
+        RestoreJob(str(source), str(tmp_path / "out"), Settings(**settings))
+        return capsys.readouterr().err
+
+    policy = {"longest_hold": 3}
+    assert "--steps auto" in told(tmp_path / "tapes", step_policy=policy)
+    assert "--steps auto" in told(tmp_path / "tapes", step_policy=policy, steps=2)
+    assert "--steps auto" in told(lists["2"], step_policy=policy)
+    assert told(tmp_path / "tapes", step_policy=policy, steps="auto") == ""
+    assert told(lists["auto"], step_policy=policy) == ""
+    assert told(tmp_path / "tapes") == ""
+
+
 def test_tiles_are_part_of_an_exact_run_and_of_no_other() -> None:
     def named(**settings: object) -> str:
         return run_id(Item("a", "b", "a", 1, "v1"), options_for(**settings), "model")
