@@ -25,6 +25,7 @@ from pipeline.errors import InputError, SizeError
 from pipeline.picture_encoder import PictureEncoder
 from pipeline.piped_output import MUXER, PipedOutput, Sounds, sounds
 from pipeline.shots import CutDetector
+from pipeline.step_policy import StepPolicy, choose
 from pipeline.video import EncodeError, Limits, VideoError, VideoFrame, VideoInfo, VideoReader, probe
 from pipeline.video import FrameTooLarge as VideoTooLarge
 
@@ -51,8 +52,8 @@ class UploadOptions(BaseModel):
         default=4, description="output size over input size; 2 and 3 are made from 4"
     )
     model: str | None = Field(default=None, max_length=200, description="see /v1/models; none: the service's own")
-    steps: Annotated[Literal[1, 2, 4] | None, _AS_NUMBER] = Field(
-        default=None, description="denoising steps; none: the model's own"
+    steps: Annotated[Literal[1, 2, 4, "auto"] | None, _AS_NUMBER] = Field(
+        default=None, description="denoising steps; auto: by what each frame shows; none: the model's own"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise; equal seeds give equal pictures")
     codec: Literal["h264", "hevc", "av1", "vp9"] | None = Field(
@@ -229,6 +230,8 @@ class RestoreUpload:
         from pipeline.frames import frame_to_tensor, tensor_to_frame
 
         state = lease.start(self._options.seed)
+        policy = StepPolicy() if self._options.steps == "auto" else None
+        steps = None if self._options.steps == "auto" else self._options.steps
         detector = CutDetector() if self._options.cuts else None
         first_pts: int | None = None
         count = cuts = 0
@@ -241,8 +244,15 @@ class RestoreUpload:
             if detector is not None and detector.update(frame.rgb_HWC):
                 state.reset()
                 cuts += 1
-            output_13HW = lease.step(frame_to_tensor(frame.rgb_HWC), state, self._options.steps)
-            picture: Any = tensor_to_frame(output_13HW[0], frame.rgb_HWC.dtype)
+            choice = None if policy is None else choose(policy, frame.rgb_HWC, state)
+            if choice is not None and choice.level == 0:
+                output_3HW = state.hold()
+            else:
+                level = steps if choice is None else choice.level
+                output_3HW = lease.step(frame_to_tensor(frame.rgb_HWC), state, level)[0]
+            if choice is not None:
+                state.policy = choice.memory
+            picture: Any = tensor_to_frame(output_3HW, frame.rgb_HWC.dtype)
             put(_Restored(frame, picture))
             count += 1
         return {"frames": count, "cuts": cuts}
