@@ -50,7 +50,7 @@ def choose_dtype(wanted: str, device: str, backend: str = "eager") -> torch.dtyp
     """
     import torch
 
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
     if wanted != "auto":
         return named[wanted]
     if device.startswith("cuda"):

@@ -71,9 +71,10 @@ class Settings(LayeredSettings):
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise; equal seeds give equal pictures")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         default="auto",
-        description="number format of the model; auto: bf16 where the hardware computes in it, else fp32",
+        description="number format of the model; auto: bf16 where the hardware computes in it, else fp32; "
+        "int8: convolutions in 8 bits, by OpenVINO alone",
     )
     backend: Backend = Field(
         default="auto",

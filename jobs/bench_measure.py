@@ -123,9 +123,10 @@ def measure_all(
     ]
     # last, because it would warm the device up for the first frame
     computed = str(dtype).removeprefix("torch.")
-    formats = {computed, *FLOOR_DTYPES} if pipe.device.type == "cuda" else {computed}
+    product = "bfloat16" if dtype == torch.int8 else computed  # torch has no fast product of int8 on every device
+    formats = {product, *FLOOR_DTYPES} if pipe.device.type == "cuda" else {product}
     peaks = {name: measured_tflops(pipe.device, getattr(torch, name)) for name in sorted(formats)}
-    return [_with_floor(result, peaks[computed], computed) for result in results], peaks
+    return [_with_floor(result, peaks[product], computed) for result in results], peaks
 
 
 def _measure_one(

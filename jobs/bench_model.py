@@ -60,23 +60,25 @@ def open_model(settings: Settings, device: str, dtype: torch.dtype) -> StreamDif
     """Return the engine that `settings` name, on `device`, with the backend that they ask for.
 
     Raises:
-        UsageError: a random model of no known size. CheckpointError, FlowError: the model cannot be set up.
+        UsageError: a random model of no known size. CheckpointError, FlowError, BackendError: the model cannot be set
+            up.
     """
     import torch
 
-    from pipeline.backends import choose_backend
+    from pipeline.backends import choose_backend, require_dtype
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # events and figures of memory are those of the current device
+    backend = choose_backend(settings.backend, device)
+    require_dtype(backend, dtype)
+    networks = torch.float32 if backend == "openvino" else dtype  # networks and states; it computes in `dtype`
     flow = None if settings.flow == "auto" else settings.flow
     if settings.model.startswith(PREFIX):
-        pipe = random_model(settings.model.removeprefix(PREFIX), device=device, dtype=dtype, flow=flow)
+        pipe = random_model(settings.model.removeprefix(PREFIX), device=device, dtype=networks, flow=flow)
     else:
         pipe = StreamDiffVSRPipeline.from_pretrained(local_model(settings.model), device=device, flow=flow)
-    backend = choose_backend(settings.backend, device)
-    # OpenVINO keeps networks and states in fp32, and computes in what it was told
-    pipe.to(device, torch.float32 if backend == "openvino" else dtype)
+    pipe.to(device, networks)
     pipe.use_backend(backend, dtype)
     return pipe
 

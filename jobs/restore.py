@@ -191,10 +191,10 @@ class RestoreJob:
         )
         self.selection: Selection = select(src, dst, limit=limit, shuffle=shuffle, priority=priority)
         self._report = Report()
-        if settings.step_policy and not any(self._steps_of(item) == "auto" for item in self.selection.items):
-            self._warn("step_policy is set, but no video has steps auto, so it has no effect; give --steps auto.")
         if self._choices.extras:
             _refuse_pictures(self.selection)
+        if self.settings.step_policy and not self._chooses_steps():
+            self._warn("step_policy has no effect: no video has steps auto. Give --steps auto, or leave it away.")
 
     def run(self) -> Report:
         """Restore all that is not finished yet.
@@ -261,12 +261,12 @@ class RestoreJob:
             self._warn(f"{told}; they are planned now.")
         return made
 
-    def _steps_of(self, item: Item) -> object:
-        return self.options.for_item(item).row["steps"]
+    def _chooses_steps(self) -> bool:
+        return any(self.options.for_item(item).row["steps"] == "auto" for item in self.selection.items)
 
-    def _warn(self, text: str) -> None:
-        self._report.warnings.append(text)
-        print(f"upriver: {text}", file=sys.stderr)
+    def _warn(self, told: str) -> None:
+        self._report.warnings.append(told)
+        print(f"upriver: {told}", file=sys.stderr)
 
     def _job_id(self, model: ResolvedModel) -> str:
         nothing = Item(source="", destination="", name="", size_bytes=0, version="")

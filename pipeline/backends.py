@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "eager", "openvino", "graph", "compiled"]
 BACKENDS: Final[tuple[str, ...]] = get_args(BackendName)
+_INT8_FLAGS: Final = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 class Backend(Protocol):
@@ -98,6 +99,41 @@ def choose_backend(wanted: str, device: str) -> str:
     return wanted
 
 
+def require_dtype(backend: str, dtype: torch.dtype) -> None:
+    """Refuse torch.int8 where nothing computes in it as it should.
+
+    Args:
+        backend: as `choose_backend` returned it.
+
+    Raises:
+        BackendError: another backend than OpenVINO, or a processor that adds products of 8 bits up in 16 bits, where
+            they overflow.
+    """
+    if dtype != torch.int8:
+        return
+    if backend != "openvino":
+        raise BackendError(
+            f"The backend {backend!r} does not compute in int8.",
+            code="backend-int8",
+            remedy="Use --backend openvino on a CPU, without --memory-gb; or --dtype auto.",
+        )
+    if not _INT8_FLAGS & _processor_flags():
+        raise BackendError(
+            f"This processor has none of {', '.join(sorted(_INT8_FLAGS))}: int8 would overflow.",
+            code="processor-int8",
+            remedy="Use --dtype auto.",
+        )
+
+
+@cache
+def _processor_flags() -> frozenset[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            return frozenset(next((line.split(":", 1)[1] for line in file if line.startswith("flags")), "").split())
+    except OSError:
+        return frozenset()
+
+
 @cache
 def import_openvino() -> Any:
     """Return the package, imported without the part that reports its use to its makers.
@@ -128,7 +164,11 @@ def make_backend(name: str, pipe: StreamDiffVSRPipeline, dtype: torch.dtype) -> 
     Args:
         name: as `choose_backend` returned it.
         dtype: in which OpenVINO computes; the others take that of the networks.
+
+    Raises:
+        BackendError: see `require_dtype`.
     """
+    require_dtype(name, dtype)
     match name:
         case "openvino":
             from pipeline.openvino_backend import OpenVINOBackend

@@ -5,8 +5,9 @@ are run. Does not know: batches (on a CPU they gain nothing; streams run one aft
 its neighbours).
 
 The networks of the pipeline stay in fp32, and so does the state; the number format of the arithmetic is OpenVINO's. The
-warp and the steps of the schedule are left to torch: they need fp32 whatever the networks compute in. So does the flow
-network, which is a part of its own.
+warp and the steps of the schedule are left to torch: they need fp32 whatever the networks compute in. With int8 most
+convolutions compute in 8 bits (`pipeline.quantisation`), and the rest in bf16 where the processor has it, else in fp32.
+The flow network, a part of its own, computes in fp32 always.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ from pipeline.backends import import_openvino
 from pipeline.checkpoint import weights_sha256
 from pipeline.frame_core import CoreInputs, CoreKind, FrameCore
 from pipeline.model_source import cache_folder
-from pipeline.schedule import Schedule
+from pipeline.options import Guidance
+from pipeline.quantisation import mark_int8, measure_ranges
+from pipeline.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
+    from pipeline.quantisation import Range
     from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
 logger = logging.getLogger(__name__)
@@ -49,7 +53,7 @@ class OpenVINOBackend:
 
     Args:
         pipe: on the CPU.
-        dtype: of the arithmetic. Weights are rounded to it when they are used, not before.
+        dtype: of the arithmetic, torch.int8 among them. Weights are rounded to it when they are used, not before.
     """
 
     name = "openvino"
@@ -124,7 +128,9 @@ class _Parts:
 
     def __init__(self, pipe: StreamDiffVSRPipeline, dtype: torch.dtype) -> None:
         self._pipe = pipe
-        self._precision = _PRECISIONS[dtype]
+        self._is_int8 = dtype == torch.int8
+        self._precision = _beside_int8() if self._is_int8 else _PRECISIONS[dtype]
+        self._ranges: dict[str, Range] | None = None
         self._requests: dict[tuple[str, int, nn.Module | None], Any] = {}
 
     def run(self, name: str, tensors: tuple[Tensor, ...], flow_network: nn.Module | None = None) -> Tensor:
@@ -162,9 +168,7 @@ class _Parts:
         place = cache_folder() / "openvino" / self._identity(name, flow_network)
         with contextlib.suppress(RuntimeError, OSError):  # nothing there, or nothing that can be read
             return _core().read_model(place / "model.xml")
-        core = FrameCore(self._pipe, CoreKind(True, Schedule((), ()), self._pipe.guidance, flow_network)).eval()
-        if self._pipe.unet.dtype != torch.float32:
-            core = copy.deepcopy(core).to(torch.float32)
+        core = self._core_in_fp32(True, Schedule((), ()), flow_network)
         pictures = [x for x in tensors if x.ndim == 4]
         smallest = min(x.shape[2] for x in pictures)  # the latent's height; others are multiples of it
         examples, shapes = [], []
@@ -177,15 +181,27 @@ class _Parts:
                 examples.append(x.clone())
                 shapes.append(list(x.shape))
         model = _convert_quietly(_Part(core, name), tuple(examples), shapes)
+        if self._is_int8 and flow_network is None:
+            if self._ranges is None:
+                schedule = make_schedule(self._pipe.scheduler, None, self._pipe.options.schedules)
+                self._ranges = measure_ranges(*(self._core_in_fp32(guided, schedule) for guided in (False, True)))
+            marked = mark_int8(model, self._ranges)
+            logger.info("%s: %d convolutions compute in 8 bits", name, len(marked))
         _keep(model, place)
         return model
+
+    def _core_in_fp32(self, guided: bool, schedule: Schedule, flow_network: nn.Module | None = None) -> FrameCore:
+        # with all guidance, whatever is on now: what is made here is kept for later
+        core = FrameCore(self._pipe, CoreKind(guided, schedule, Guidance(), flow_network)).eval()
+        return core if self._pipe.unet.dtype == torch.float32 else copy.deepcopy(core).to(torch.float32)
 
     def _identity(self, name: str, flow_network: nn.Module | None) -> str:
         """Return a hash over all that a converted form depends on."""
         pipe = self._pipe
         versions = (import_openvino().__version__, torch.__version__, diffusers.__version__, _own_code())
         weights = pipe.model_sha256 if flow_network is None else weights_sha256(flow_network)
-        parts = (weights, str(pipe.unet.dtype), name, *versions)
+        is_int8 = self._is_int8 and flow_network is None
+        parts = (weights, str(pipe.unet.dtype), name, *(["int8"] if is_int8 else []), *versions)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -212,6 +228,11 @@ class _Part(nn.Module):
 @cache
 def _core() -> Any:
     return import_openvino().Core()
+
+
+@cache
+def _beside_int8() -> str:
+    return "bf16" if "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
 @cache

@@ -26,7 +26,7 @@ from diffusers import ControlNetModel, DDIMScheduler, DiffusionPipeline, UNet2DC
 from torch import Tensor, nn
 
 from pipeline.autoencoder import TemporalAutoencoderTiny
-from pipeline.backends import Backend, choose_backend, make_backend, run_groups, take_rows
+from pipeline.backends import Backend, choose_backend, make_backend, require_dtype, run_groups, take_rows
 from pipeline.checkpoint import fingerprint, load_checkpoint, save_extras
 from pipeline.errors import InputError
 from pipeline.flow import FlowEstimator, FlowName, FlowSize, NetFlow, make_flow
@@ -133,7 +133,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
 
         Args:
             source: tried in this order. Write ``./tiny`` for a folder that has the name of a built-in model.
-            torch_dtype: of the networks. State and noise do not depend on it.
+            torch_dtype: of the networks. State and noise do not depend on it. ``torch.int8`` with OpenVINO alone.
             device: where the networks go; None leaves them in main memory.
             flow: estimator or its name, instead of the checkpoint's own.
             flow_size: where RAFT or DIS estimates (``"input"`` or ``"output"``), instead of the checkpoint's choice.
@@ -146,9 +146,10 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         Raises:
             CheckpointError: nothing is there, a file is missing, not safetensors, or does not fit its configuration.
             FlowError: an unknown estimator, or one whose library is not installed.
-            BackendError: an unknown backend, one that is not installed, or not for this device.
+            BackendError: an unknown backend, one that is not installed, or not for this device or number format.
         """
         chosen = choose_backend(backend, str(device or "cpu"))
+        require_dtype(chosen, torch_dtype)
         checkpoint = load_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
         options = checkpoint.options
         if guidance is not None:
@@ -218,7 +219,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             dtype: in which OpenVINO computes; None: that of the networks.
 
         Raises:
-            BackendError: an unknown name, a backend that is not installed, or one that does not run on this device.
+            BackendError: an unknown name, a backend that is not installed, or not for this device or number format.
         """
         if self._backend is not None:
             self._backend.close()

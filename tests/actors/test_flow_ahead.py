@@ -124,7 +124,7 @@ def test_nothing_is_looked_for_where_it_does_not_help(
         assert len(list(task.run())) >= 3
 
 
-STEP_S, FLOW_S = 0.06, 0.05
+STEP_S, FLOW_S = 0.2, 0.15
 
 
 def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ async def watch(service: LiveService, frames: int) -> None:
 
 @pytest.mark.parametrize(
     ("cost_s", "wanted"),
-    [(lambda streams: 0.008 * streams * (1 + 0.05 * streams), 1), (lambda streams: 0.010 + 0.0005 * streams, STREAMS)],
+    [(lambda streams: 0.008 * streams * (1 + 0.15 * streams), 1), (lambda streams: 0.010 + 0.0005 * streams, STREAMS)],
     ids=["a batch only moves more memory", "a step costs about the same for all"],
 )
 def test_streams_are_stepped_together_where_that_pays(cost_s: Callable[[int], float], wanted: int) -> None:

@@ -262,6 +262,28 @@ def test_a_cut_is_found_and_the_model_is_as_offline(folder: Path, tmp_path: Path
     assert not np.array_equal(pictures(tmp_path / "without.mp4")[4][1], answer[4][1])
 
 
+def test_steps_may_be_left_to_what_the_pictures_show(service: Service, port: int, tmp_path: Path) -> None:
+    still = np.random.default_rng(1).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    with av.open(str(tmp_path / "still.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
+        for moment in range(30):
+            shown = still if moment != 20 else still[::-1]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(shown), format="rgb24")))
+        container.mux(stream.encode(None))
+    content = (tmp_path / "still.mkv").read_bytes()
+    every, _ = restored(port, content, "cuts=false")
+    fewer, _ = restored(port, content, "cuts=false&steps=auto")
+    assert told(every)["frames"] == told(fewer)["frames"] == 30
+    assert service.leases[0].steps == 30 and 10 <= service.leases[1].steps < 24
+    kept = {}
+    for name, answer in (("every", every), ("fewer", fewer)):
+        (tmp_path / f"{name}.mp4").write_bytes(answer)
+        kept[name] = [picture.astype(int) for _, picture in pictures(tmp_path / f"{name}.mp4")]
+    worst = max(abs(a - b).mean() for a, b in zip(kept["every"], kept["fewer"], strict=True))
+    assert worst < 4, "a picture that changed is restored at once"
+
+
 def test_the_answer_of_a_client_that_sends_all_before_it_reads(folder: Path) -> None:
     content = make_upload(folder, "mkv", rounds=2).read_bytes()
     with served(Service(UploadSettings(preset="ultrafast", threads=1, buffer_bytes=1 << 16)).app()) as port:
@@ -452,26 +474,6 @@ def test_more_uploads_than_there_are_places_are_told_when_to_come_again(folder: 
         first.send(content[len(content) // 2 :])
         first.end()
         assert told(first.rest())["frames"] == 240
-
-
-def test_steps_may_be_chosen_by_what_the_pictures_show(service: Service, port: int, tmp_path: Path) -> None:
-    still = tmp_path / "still.mkv"
-    picture = np.random.default_rng(3).integers(0, 256, (48, 64, 3), np.uint8)
-    with av.open(str(still), "w") as container:
-        stream = container.add_stream("ffv1", rate=25, width=64, height=48, pix_fmt="bgr0")
-        for _ in range(30):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    content, _ = restored(port, still.read_bytes(), f"steps=auto&{LOSSLESS}")
-    assert told(content)["frames"] == 30 and 8 <= service.leases[-1].steps < 15, "held once it has settled"
-    got = tmp_path / "got.mp4"
-    got.write_bytes(content)
-    shown = [shown for _, shown in pictures(got)]
-    assert len(shown) == 30 and all((one == shown[0]).all() for one in shown)
-    restored(port, still.read_bytes(), f"steps=1&{LOSSLESS}")
-    assert service.leases[-1].steps == 30
-    with post(port, still.read_bytes(), "steps=automatic") as request:
-        assert request.refusal()["status"] == 400
 
 
 def test_the_description_for_programs_is_complete(port: int) -> None:

@@ -40,9 +40,16 @@ def test_a_job_is_the_command_that_a_person_would_type() -> None:
     assert (params["src"], params["dst"]) == (SOURCE, DESTINATION)
     for name, value in EVERYTHING.model_dump().items():
         assert params[name] == (str(value) if name == "steps" else value), name  # "auto" is a number of steps too
-    assert parsed(RULES.command("ann", SOURCE, DESTINATION, JobOptions(steps="auto")))["steps"] == "auto"
     plain = parsed(["python", "-m", "jobs.cli", "restore", SOURCE, DESTINATION])
     assert parsed(RULES.command("ann", SOURCE, DESTINATION, JobOptions())) == plain
+
+
+def test_steps_may_be_left_to_the_policy() -> None:
+    asked = JobOptions.model_validate_json('{"steps": "auto"}')
+    assert parsed(RULES.command("ann", SOURCE, DESTINATION, asked))["steps"] == "auto"
+    for wrong in ('{"steps": "automatic"}', '{"steps": 0}', '{"steps": 51}', '{"steps": "auto --overwrite"}'):
+        with pytest.raises(ValidationError):
+            JobOptions.model_validate_json(wrong)
 
 
 @pytest.mark.parametrize(

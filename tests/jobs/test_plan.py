@@ -17,7 +17,6 @@ from infra.storage import storage_for
 from jobs.errors import UsageError
 from jobs.plan import Planned, PlanOptions, part_lengths, plan_all, plan_options, plan_video, rows_of, run_id
 from jobs.records import VideoPlan
-from jobs.restore import RestoreJob
 from jobs.sources import Item, select
 from pipeline.video import UnreadableVideo, VideoReader
 from tests.video_files import make_bad_files, make_video_files
@@ -197,6 +196,29 @@ def test_the_policy_of_steps_is_part_of_a_run_where_it_has_an_effect() -> None:
         options_for(steps="auto", step_policy={"holds": 3})
 
 
+def test_a_policy_that_no_video_asks_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.restore import RestoreJob
+
+    (tmp_path / "tapes").mkdir()
+    (tmp_path / "tapes/a.mp4").write_bytes(b"")
+    lists = {}
+    for steps in ("auto", "2"):
+        lists[steps] = tmp_path / f"{steps}.csv"
+        lists[steps].write_text(f"source,steps\n{tmp_path}/tapes/a.mp4,{steps}\n")
+
+    def told(source: Path, **settings: object) -> str:
+        RestoreJob(str(source), str(tmp_path / "out"), Settings(**settings))
+        return capsys.readouterr().err
+
+    policy = {"longest_hold": 3}
+    assert "--steps auto" in told(tmp_path / "tapes", step_policy=policy)
+    assert "--steps auto" in told(tmp_path / "tapes", step_policy=policy, steps=2)
+    assert "--steps auto" in told(lists["2"], step_policy=policy)
+    assert told(tmp_path / "tapes", step_policy=policy, steps="auto") == ""
+    assert told(lists["auto"], step_policy=policy) == ""
+    assert told(tmp_path / "tapes") == ""
+
+
 def test_tiles_are_part_of_an_exact_run_and_of_no_other() -> None:
     def named(**settings: object) -> str:
         return run_id(Item("a", "b", "a", 1, "v1"), options_for(**settings), "model")
@@ -284,19 +306,3 @@ def test_new_options_do_not_change_the_runs_of_those_who_do_not_use_them() -> No
     assert plain == "a83a3c53e764e386"  # of version 0.1.0: a change would make finished archives unknown
     assert run_id(item, options_for(framemd5=True, hls="1080,720"), "model") == plain
     assert run_id(item, options_for(fragmented=True), "model") != plain
-
-
-def test_a_step_policy_that_nothing_follows_is_told(
-    film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def warned(folder: str, **settings: object) -> bool:
-        policy = {"longest_hold": 3}
-        job = RestoreJob(folder, str(tmp_path / "out"), Settings(model="stand-in:0", step_policy=policy, **settings))
-        told = capsys.readouterr().err
-        assert ("--steps auto" in told) == bool(job._report.warnings)
-        return bool(job._report.warnings)
-
-    own = tmp_path / "films.csv"
-    own.write_text(f"source,steps\n{film},auto\n")
-    assert warned(str(film)) and warned(str(film), steps=2)
-    assert not warned(str(film), steps="auto") and not warned(str(own))
