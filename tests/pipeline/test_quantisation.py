@@ -18,7 +18,7 @@ from pipeline.options import Guidance
 from pipeline.quantisation import scene
 from tests.moving_texture import make_clip
 
-CLOSE_DB = 45.0
+CLOSE_DB = 40.0  # real clips stay nearer (benchmarks/quantisation-*.md); on a texture that moves, errors go round
 
 
 @pytest.fixture(scope="module", autouse=True)
