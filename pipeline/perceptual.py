@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, InputError
+from pipeline.file_modes import follow_umask
 
 Trunk = Literal["vgg", "alex"]
 
@@ -225,5 +226,6 @@ def convert(source: str | Path, target: str | Path, trunk: Trunk) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     half_written = target.with_name(target.name + ".partial")
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, half_written)
+    follow_umask([half_written])
     half_written.replace(target)
     return target

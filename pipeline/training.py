@@ -202,6 +202,8 @@ class Trainer:
             side=config.crop,
             severity=config.severity,
             clip_share=config.clip_share,
+            still_share=config.still_share,
+            tone_share=config.tone_share,
             start=self.iteration,
             workers=config.workers,
         )
