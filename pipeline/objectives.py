@@ -61,6 +61,7 @@ class TrainConfig(BaseModel):
         still_share: share of batches of pictures that do not move, often out of focus (see `TrainingData`).
         tone_share: share of clips that are exposed otherwise, towards black or white (see `dataset.change_tone`).
         longest_past: stage 3 restores a still up to so many times, without gradients, before the frames that train.
+        tone: weight of the difference between output and target as means of 8x8 pixels: levels rather than detail.
         drift: weight of a still's distance to its first frame, whatever the past was.
         perceptual_side: side of the square on which the perceptual loss looks; 0 = the whole crop.
     """
@@ -110,6 +111,7 @@ class TrainConfig(BaseModel):
     still_share: float = Field(default=0.0, ge=0, le=1)
     tone_share: float = Field(default=0.0, ge=0, le=1)
     longest_past: int = Field(default=0, ge=0)
+    tone: float = Field(default=0.0, ge=0)
     drift: float = Field(default=0.0, ge=0)
     regulariser: float = 0.01
     latent_noise: float = 0.1
@@ -195,6 +197,8 @@ class Objective:
         losses = {"pixel": c.pixel * F.l1_loss(output_B3SS, target_B3SS)}
         if c.gradient:
             losses["gradient"] = c.gradient * gradient_loss(output_B3SS, target_B3SS)
+        if c.tone:
+            losses["tone"] = c.tone * F.l1_loss(F.avg_pool2d(output_B3SS, 8), F.avg_pool2d(target_B3SS, 8))
         if self.perceptual is not None and progress >= c.perceptual_from:
             losses["perceptual"] = c.perceptual * self.perceptual(output_B3SS, target_B3SS, c.perceptual_side or None)
         if self.discriminator is not None and progress >= c.gan_from:

@@ -201,6 +201,16 @@ def test_other_exposures_reach_white_and_black_and_stay_in_range() -> None:
     assert all(bool((one.diff(dim=3) >= 0).all()) for one in exposed)  # no order is turned round
 
 
+def test_the_loss_on_tones_sees_levels_and_not_detail(photographs: Path, model: Path, tmp_path: Path) -> None:
+    objective = Trainer(config("stage1", photographs, tmp_path / "run", init=model, tone=1.0)).objective
+    target = torch.zeros(1, 3, 64, 64)
+    detail = target.clone()
+    detail[..., ::2] += 0.1
+    detail[..., 1::2] -= 0.1
+    assert float(objective.picture_losses(detail, target, 0.0)["tone"]) == pytest.approx(0, abs=1e-6)
+    assert float(objective.picture_losses(target + 0.02, target, 0.0)["tone"]) == pytest.approx(0.02, abs=1e-5)
+
+
 def test_a_still_gets_a_long_past_and_clips_that_move_do_not(photographs: Path, model: Path, tmp_path: Path) -> None:
     """What the model made of a still after many frames stands in the input of the frames that train."""
     options: dict[str, object] = {"init": model, "frames": 3, "longest_past": 20, "drift": 2.0}
