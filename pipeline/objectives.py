@@ -353,7 +353,8 @@ class Objective:
                 if still and self.config.longest_past:
                     previous = self.live_through(lr, shared, first, self.draw_past(rng))
             if t + 1 < hr.shape[1]:
-                warped = warp_previous(previous, self.disturb(flow[:, t], rng))
+                # the flow of a still is known; were it disturbed, drift would teach to distrust the previous output
+                warped = warp_previous(previous, flow[:, t] if still else self.disturb(flow[:, t], rng))
         return total, output
 
     def draw_past(self, rng: np.random.Generator) -> int:
