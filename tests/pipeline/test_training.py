@@ -353,6 +353,11 @@ def test_snapshot_is_small_and_starts_a_new_run(photographs: Path, model: Path, 
     follower.save()
     assert json.loads((tmp_path / "next" / "model" / "training.json").read_text()) == {"stage1": 4}
 
+    fewer = Trainer(run.model_copy(update={"out": tmp_path / "fewer", "init": snapshot, "train_decoder": False}))
+    frozen = "vae.decoder.layers.0.weight"
+    assert frozen not in fewer.average.values
+    assert torch.allclose(fewer.restorer.get_parameter(frozen).half(), tensors[f"average.{frozen}"])
+
     other = Trainer(config("stage3", photographs, tmp_path / "third", init=snapshot))
     assert other.restorer.controlnet is not None
     assert torch.allclose(other.restorer.unet.conv_in.weight.half(), tensors["average.unet.conv_in.weight"])
