@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.degrade import BICUBIC, SCALE, degrade, downscale, draw_degradation
+from pipeline.degrade import BICUBIC, SCALE, degrade, downscale, draw_degradation, gaussian_blur
 from pipeline.errors import PipelineError
 from pipeline.motion import draw_camera, ellipse_mask, flow_of, render
 
@@ -178,16 +178,31 @@ class TrainingData:
                 remedy=f"Known kinds: {', '.join(sorted(PICTURE_SUFFIXES | VIDEO_SUFFIXES))}; 160 pixels or more.",
             )
 
-    def sample(self, rng: np.random.Generator, *, frames: int, side: int, severity: float, clip_share: float) -> Sample:
+    def sample(
+        self,
+        rng: np.random.Generator,
+        *,
+        frames: int,
+        side: int,
+        severity: float,
+        clip_share: float,
+        still: bool = False,
+        tone_share: float = 0.0,
+    ) -> Sample:
         """Draw a clip of `frames` frames and `side` pixels a side, degraded with the given severity (see `degrade`).
 
-        `clip_share`: probability of a real clip where both kinds exist.
+        `clip_share`: probability of a real clip where both kinds exist. `still`: instead, a picture that does not move,
+        often out of focus. `tone_share`: probability of another exposure, see `change_tone`.
         """
-        if self.clips and (not self.pictures or rng.random() < clip_share):
+        if still and self.pictures:
+            hr, flow = self._still(rng, frames, side)
+        elif self.clips and (not self.pictures or rng.random() < clip_share):
             hr, flow = self._from_clip(rng, frames, side)
         else:
             hr, flow = self._from_picture(rng, frames, side)
         hr, flow = _augment(hr, flow, rng)
+        if tone_share and rng.random() < tone_share:
+            hr = change_tone(hr, rng)
         lr = degrade(hr, draw_degradation(rng, severity), torch.Generator().manual_seed(int(rng.integers(2**62))))
         return Sample(hr * 2 - 1, lr * 2 - 1, flow)
 
@@ -233,6 +248,20 @@ class TrainingData:
             flow = torch.where(mask[1:] > 0.5, flow_of(second, side), flow)
         return hr.clamp(0, 1), flow
 
+    def _still(self, rng: np.random.Generator, frames: int, side: int) -> tuple[Tensor, Tensor]:
+        """Return a part of a picture, held for all frames; sharp, out of focus, or with only a part in focus."""
+        picture = self.crop_around(rng, side, self.pictures)
+        top, left = (int(rng.integers(size - side + 1)) for size in picture.shape[1:])
+        hr = picture[None, :, top : top + side, left : left + side]
+        focus = rng.random()
+        if focus < 0.7:
+            soft = gaussian_blur(hr, float(rng.uniform(1.5, 8)))
+            if focus < 0.35:
+                camera = draw_camera(rng, 1, (side / 2, side / 2), 8.0, 0.0)
+                soft = torch.lerp(soft, hr, ellipse_mask(camera, side, radius=float(rng.uniform(0.15, 0.5)) * side))
+            hr = soft
+        return hr.expand(frames, -1, -1, -1), torch.zeros(frames - 1, 2, side, side)
+
     def crop_around(self, rng: np.random.Generator, side: int, pictures: list[list[np.ndarray]]) -> Tensor:
         """Return a random picture's crop (3,h,w) in [0, 1], with room for the camera to move where the picture has it.
 
@@ -258,18 +287,30 @@ class TrainingData:
         side: int,
         severity: float,
         clip_share: float,
+        still_share: float = 0.0,
+        tone_share: float = 0.0,
         start: int = 0,
         workers: int = 0,
     ) -> Iterator[Batch]:
         """Yield (hr_BT3SS, lr_BT3ss, flow_BT2SS) for ever. Batch n depends on (seed, n) alone: runs can resume.
 
+        `still_share`: probability that a whole batch is still; its flow is then zero everywhere.
         `workers`: processes that draw ahead; 0 draws in the caller's. A GPU needs several.
         """
 
         def draw(number: int) -> Batch:
             rng = np.random.default_rng([seed, number])
+            still = still_share > 0 and rng.random() < still_share
             drawn = [
-                self.sample(rng, frames=frames, side=side, severity=severity, clip_share=clip_share)
+                self.sample(
+                    rng,
+                    frames=frames,
+                    side=side,
+                    severity=severity,
+                    clip_share=clip_share,
+                    still=still,
+                    tone_share=tone_share,
+                )
                 for _ in range(batch)
             ]
             return (
@@ -299,3 +340,16 @@ def _augment(hr_T3SS: Tensor, flow_T2SS: Tensor, rng: np.random.Generator) -> tu
     if rng.random() < 0.25:
         hr_T3SS, flow_T2SS = hr_T3SS.transpose(2, 3), flow_T2SS.transpose(2, 3).flip(1)
     return hr_T3SS.contiguous(), flow_T2SS.contiguous()
+
+
+def change_tone(hr_T3SS: Tensor, rng: np.random.Generator) -> Tensor:
+    """Expose a clip in [0, 1] otherwise: darker, brighter until it clips, or moved towards white without clipping.
+
+    Photographs hold few whites and few deep shadows, and a network learns the levels that it sees.
+    """
+    kind = rng.random()
+    if kind < 0.4:
+        return hr_T3SS * float(rng.uniform(0.1, 0.7))
+    if kind < 0.75:
+        return (hr_T3SS * float(rng.uniform(1.2, 2.5))).clamp(max=1)
+    return 1 - float(rng.uniform(0.1, 0.7)) * (1 - hr_T3SS)

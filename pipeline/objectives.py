@@ -58,6 +58,11 @@ class TrainConfig(BaseModel):
         finetune_unet: the same for the U-Net in stage 3.
         temporal_fusion: stage 2 replaces TPMs of another form by fresh ones of this form; None keeps the model's.
         flow_jitter: largest deviation, in pixels, of the smooth error added to the flow of guided frames.
+        still_share: share of batches of pictures that do not move, often out of focus (see `TrainingData`).
+        tone_share: share of clips that are exposed otherwise, towards black or white (see `dataset.change_tone`).
+        longest_past: stage 3 restores a still up to so many times, without gradients, before the frames that train.
+        tone: weight of the difference between output and target as means of 8x8 pixels: levels rather than detail.
+        drift: weight of a still's distance to its first frame, whatever the past was.
         perceptual_side: side of the square on which the perceptual loss looks; 0 = the whole crop.
     """
 
@@ -103,6 +108,11 @@ class TrainConfig(BaseModel):
     finetune_unet: float = Field(default=0.0, ge=0, le=1)
     temporal_fusion: TemporalFusion | None = None
     flow_jitter: float = Field(default=0.0, ge=0)
+    still_share: float = Field(default=0.0, ge=0, le=1)
+    tone_share: float = Field(default=0.0, ge=0, le=1)
+    longest_past: int = Field(default=0, ge=0)
+    tone: float = Field(default=0.0, ge=0)
+    drift: float = Field(default=0.0, ge=0)
     regulariser: float = 0.01
     latent_noise: float = 0.1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -187,6 +197,8 @@ class Objective:
         losses = {"pixel": c.pixel * F.l1_loss(output_B3SS, target_B3SS)}
         if c.gradient:
             losses["gradient"] = c.gradient * gradient_loss(output_B3SS, target_B3SS)
+        if c.tone:
+            losses["tone"] = c.tone * F.l1_loss(F.avg_pool2d(output_B3SS, 8), F.avg_pool2d(target_B3SS, 8))
         if self.perceptual is not None and progress >= c.perceptual_from:
             losses["perceptual"] = c.perceptual * self.perceptual(output_B3SS, target_B3SS, c.perceptual_side or None)
         if self.discriminator is not None and progress >= c.gan_from:
@@ -307,6 +319,9 @@ class Objective:
 
         One schedule serves the clip. Gradients stop between frames: the previous output is an input, not a variable.
         With `finetune_unet` and `finetune_decoder` the networks that ARTG acts through learn to listen to it.
+
+        What a frame makes up, the next one takes up. In a few frames that is little; on a still it grows for a hundred.
+        So stills may get a long past (`longest_past`): what has grown then stands in the input, and is unlearnt.
         """
         alone = self.config.finetune_unet > 0 or self.config.finetune_decoder > 0  # then the first frame learns too
         schedule = self.draw_schedule(rng)
@@ -315,7 +330,9 @@ class Objective:
             shared = self.draw_noise(latents[:, 0], rng)
         total: dict[str, Tensor] = {}
         warped: Tensor | None = None
-        previous, guided = hr[:, 0], hr.shape[1] - 1
+        previous = first = hr[:, 0]
+        guided = hr.shape[1] - 1
+        still = guided > 0 and not bool(flow.any())
         for t in range(hr.shape[1]):
             with torch.set_grad_enabled(torch.is_grad_enabled() and (t > 0 or alone)):
                 denoised, output = self.restorer(lr[:, t], shared, schedule, warped)
@@ -326,9 +343,31 @@ class Objective:
                     losses["temporal"] = self.config.temporal * temporal_loss(
                         output, previous, hr[:, t], hr[:, t - 1], flow[:, t - 1]
                     )
+                    if still and self.config.drift:
+                        losses["drift"] = self.config.drift * F.l1_loss(output, first)
                 for name, value in losses.items():
                     total[name] = total.get(name, torch.zeros((), device=value.device)) + value / guided
             previous = hr[:, 0] if t == 0 and rng.random() < 0.1 else output.detach()
+            if t == 0:
+                first = output.detach()
+                if still and self.config.longest_past:
+                    previous = self.live_through(lr, shared, first, self.draw_past(rng))
             if t + 1 < hr.shape[1]:
-                warped = warp_previous(previous, self.disturb(flow[:, t], rng))
+                # the flow of a still is known; were it disturbed, drift would teach to distrust the previous output
+                warped = warp_previous(previous, flow[:, t] if still else self.disturb(flow[:, t], rng))
         return total, output
+
+    def draw_past(self, rng: np.random.Generator) -> int:
+        """Draw how many frames lie behind a still, 0 to `longest_past`: each order of magnitude as often as another."""
+        return int((self.config.longest_past + 1) ** rng.random()) - 1
+
+    @torch.no_grad()
+    def live_through(self, lr_BT3ss: Tensor, noise_BChw: Tensor, output_B3SS: Tensor, frames: int) -> Tensor:
+        """Return what becomes of a still's output after more `frames` of it, by one step each: cheap, and as harmful.
+
+        The clip's frames take turns.
+        """
+        for number in range(frames):
+            source = lr_BT3ss[:, number % lr_BT3ss.shape[1]]
+            output_B3SS = self.restorer(source, noise_BChw, SCHEDULES[1], output_B3SS)[1]
+        return output_B3SS

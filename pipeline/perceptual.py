@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, InputError
+from pipeline.file_modes import follow_umask
 
 Trunk = Literal["vgg", "alex"]
 
@@ -63,6 +64,7 @@ def pack(folder: Path, source: Path | None = None) -> int:
         STLPIPS.load(trunk, source)  # refuses what is missing or wrong
         target = weights_file(trunk, folder / "nets")
         save_file({name: x.half() for name, x in load_file(weights_file(trunk, source)).items()}, target)
+        follow_umask([target])
         size += target.stat().st_size
     return size
 
@@ -248,5 +250,6 @@ def convert(source: str | Path, target: str | Path, trunk: Trunk) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     half_written = target.with_name(target.name + ".partial")
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, half_written)
+    follow_umask([half_written])
     half_written.replace(target)
     return target

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.autoencoder import TemporalAutoencoderTiny, TemporalFusion
+from pipeline.file_modes import follow_umask
 from pipeline.guidance import flow_warp
 from pipeline.schedule import FINAL, ddim_step
 
@@ -233,6 +234,7 @@ class Restorer(nn.Module):
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         prompt = torch.zeros(1, 1, self.unet.config.cross_attention_dim)
         save_file({"prompt_embeds": prompt}, folder / "prompt_embeds.safetensors")
+        follow_umask(sorted(folder.rglob("*.safetensors")))
         (folder / "upriver.json").write_text(json.dumps(extra, indent=2) + "\n")
         (folder / "training.json").write_text(json.dumps(self.history, indent=2) + "\n")
 

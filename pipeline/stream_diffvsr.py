@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
@@ -29,6 +30,7 @@ from pipeline.autoencoder import TemporalAutoencoderTiny
 from pipeline.backends import Backend, choose_backend, make_backend, require_dtype, run_groups, take_rows
 from pipeline.checkpoint import fingerprint, load_checkpoint, save_extras
 from pipeline.errors import InputError
+from pipeline.file_modes import follow_umask
 from pipeline.flow import FlowEstimator, FlowName, FlowSize, NetFlow, make_flow
 from pipeline.frame_core import CoreKind, FrameCore
 from pipeline.frames import frame_to_tensor, shrink_to_multiple_of_4, tensor_to_frame
@@ -182,6 +184,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         """
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
         save_extras(save_directory, self.prompt_embeds_1TD, self.options)
+        follow_umask(sorted(Path(save_directory).rglob("*.safetensors")))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move and cast the networks, as in diffusers: ``pipe.to(device, dtype)``."""

@@ -202,6 +202,8 @@ class Trainer:
             side=config.crop,
             severity=config.severity,
             clip_share=config.clip_share,
+            still_share=config.still_share,
+            tone_share=config.tone_share,
             start=self.iteration,
             workers=config.workers,
         )
@@ -384,8 +386,10 @@ class Trainer:
                 tensors = {key: value for key, value in tensors.items() if key.startswith("judge.")}
         else:
             return
+        weights = dict(self.restorer.named_parameters())
         for name, value in part(tensors, "average.").items():
-            self.average.values[name].copy_(value)
+            # what does not learn in this run becomes its average, which is what would have been shipped
+            self.average.values.get(name, weights[name].data).copy_(value)
         judge = part(tensors, "judge.")
         if self.objective.discriminator is not None and judge:
             self.objective.discriminator.load_state_dict(judge)

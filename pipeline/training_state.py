@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.file_modes import follow_umask
+
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a file."""
@@ -30,6 +32,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write beside the target, then rename: an interrupted save leaves the previous one intact."""
     temporary = path.with_name(path.name + ".part")
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, temporary, metadata)
+    follow_umask([temporary])
     temporary.replace(path)
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline import StreamDiffVSRPipeline
 from pipeline.closed_form import initialise
-from pipeline.dataset import DatasetError, TrainingData
+from pipeline.dataset import DatasetError, TrainingData, change_tone
 from pipeline.objectives import TrainConfig
 from pipeline.restorer import SCHEDULES, ModelSize, Restorer, warp_previous
 from pipeline.training import MODEL_CONFIG, Trainer, TrainingError, learning_rate_factor
@@ -173,6 +175,85 @@ def test_disturbed_flow_is_smooth_repeatable_and_bounded(photographs: Path, mode
     assert still.objective.disturb(flow, np.random.default_rng(1)) is flow
 
 
+def test_stills_do_not_move_and_other_batches_stay_as_they_were(photographs: Path) -> None:
+    data = TrainingData([photographs])
+    options: dict[str, Any] = {"batch": 2, "frames": 3, "side": 64, "severity": 0.0, "clip_share": 0.0}
+    hr, lr, flow = next(data.batches(0, still_share=1.0, **options))
+    assert hr.shape == (2, 3, 3, 64, 64) and not flow.any()
+    assert torch.equal(hr[:, 0], hr[:, 2]) and torch.equal(lr[:, 0], lr[:, 2])
+    batches = data.batches(0, still_share=0.5, **options)
+    shares = np.mean([not bool(next(batches)[2].any()) for _ in range(40)])
+    assert 0.2 < shares < 0.8
+    without, none = (next(data.batches(3, **more, **options)) for more in ({}, {"still_share": 0.0, "tone_share": 0.0}))
+    assert all(torch.equal(a, b) for a, b in zip(without, none, strict=True))
+    held = [next(data.batches(seed, still_share=1.0, **options))[0][0, 0] for seed in range(24)]
+    detail = [float(one.diff(dim=2).abs().mean()) for one in held]
+    assert min(detail) < 0.3 * max(detail)  # some are out of focus
+
+
+def test_other_exposures_reach_white_and_black_and_stay_in_range() -> None:
+    picture = torch.linspace(0, 1, 48).expand(2, 3, 16, 48)
+    exposed = [change_tone(picture, np.random.default_rng(seed)) for seed in range(60)]
+    assert all(float(one.min()) >= 0 and float(one.max()) <= 1 for one in exposed)
+    means = [float(one.mean()) for one in exposed]
+    assert min(means) < 0.15 and max(means) > 0.85
+    assert any(float((one == 1).float().mean()) > 0.3 for one in exposed)  # overexposed
+    assert all(bool((one.diff(dim=3) >= 0).all()) for one in exposed)  # no order is turned round
+
+
+def test_the_loss_on_tones_sees_levels_and_not_detail(photographs: Path, model: Path, tmp_path: Path) -> None:
+    objective = Trainer(config("stage1", photographs, tmp_path / "run", init=model, tone=1.0)).objective
+    target = torch.zeros(1, 3, 64, 64)
+    detail = target.clone()
+    detail[..., ::2] += 0.1
+    detail[..., 1::2] -= 0.1
+    assert float(objective.picture_losses(detail, target, 0.0)["tone"]) == pytest.approx(0, abs=1e-6)
+    assert float(objective.picture_losses(target + 0.02, target, 0.0)["tone"]) == pytest.approx(0.02, abs=1e-5)
+
+
+def test_a_still_gets_a_long_past_and_clips_that_move_do_not(photographs: Path, model: Path, tmp_path: Path) -> None:
+    """What the model made of a still after many frames stands in the input of the frames that train."""
+    options: dict[str, object] = {"init": model, "frames": 3, "longest_past": 20, "drift": 2.0}
+    trainer = Trainer(config("stage3", photographs, tmp_path / "run", **options))
+    objective, past = trainer.objective, trainer.objective.live_through
+    lived: list[int] = []
+
+    def live_through(lr: torch.Tensor, noise: torch.Tensor, output: torch.Tensor, frames: int) -> torch.Tensor:
+        lived.append(frames)
+        return past(lr, noise, output, frames)
+
+    objective.live_through = live_through  # type: ignore[method-assign]
+    draw: dict[str, Any] = {"batch": 1, "frames": 3, "side": 64, "severity": 0.0, "clip_share": 0.0}
+    still, moving = (next(trainer.data.batches(0, still_share=share, **draw)) for share in (1.0, 0.0))
+    losses, _ = objective.losses(*still, 0.0, np.random.default_rng(4))
+    assert len(lived) == 1
+    assert "drift" in losses and losses["drift"].requires_grad
+    moved, _ = objective.losses(*moving, 0.0, np.random.default_rng(4))
+    assert len(lived) == 1 and "drift" not in moved
+    pasts = [objective.draw_past(np.random.default_rng(seed)) for seed in range(300)]
+    assert min(pasts) == 0 and 15 < max(pasts) <= 20 and np.median(pasts) < 8
+
+
+def test_a_long_past_is_what_the_engine_would_have_made(photographs: Path, model: Path, tmp_path: Path) -> None:
+    trainer = Trainer(config("stage3", photographs, tmp_path / "run", init=model, frames=3))
+    controlnet = trainer.restorer.controlnet
+    assert controlnet is not None
+    for parameter in controlnet.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    lr, noise = torch.rand(1, 3, 3, 16, 16) * 2 - 1, torch.randn(1, 4, 16, 16)
+    trainer.restorer.history["stage3"] = 1
+    trainer.restorer.save(tmp_path / "m", MODEL_CONFIG)
+    pipe = StreamDiffVSRPipeline.from_pretrained(tmp_path / "m", flow="zero")
+    state = pipe.start()
+    outputs = [
+        pipe.step(lr[:, n], [state], noise_B4HW=noise, flow_B2HW=torch.zeros(1, 2, 64, 64), steps=1)
+        for n in (0, 0, 1, 2, 0)
+    ]
+    lived = trainer.objective.live_through(lr, noise, outputs[0], 4)
+    assert torch.allclose(lived, outputs[-1], atol=1e-4)
+    assert (lived - outputs[1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("stage", "option", "joins"),
     [
@@ -272,6 +353,11 @@ def test_snapshot_is_small_and_starts_a_new_run(photographs: Path, model: Path, 
     follower.save()
     assert json.loads((tmp_path / "next" / "model" / "training.json").read_text()) == {"stage1": 4}
 
+    fewer = Trainer(run.model_copy(update={"out": tmp_path / "fewer", "init": snapshot, "train_decoder": False}))
+    frozen = "vae.decoder.layers.0.weight"
+    assert frozen not in fewer.average.values
+    assert torch.allclose(fewer.restorer.get_parameter(frozen).half(), tensors[f"average.{frozen}"])
+
     other = Trainer(config("stage3", photographs, tmp_path / "third", init=snapshot))
     assert other.restorer.controlnet is not None
     assert torch.allclose(other.restorer.unet.conv_in.weight.half(), tensors["average.unet.conv_in.weight"])
@@ -291,6 +377,21 @@ def test_a_saved_model_does_not_tell_where_it_was_made(model: Path, tmp_path: Pa
     texts = [file.read_text() for file in (tmp_path / "again").rglob("*.json")]
     assert len(texts) > 5
     assert not any(str(tmp_path) in text for text in texts)
+
+
+def test_what_a_run_writes_follows_the_umask(photographs: Path, model: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshot.safetensors"
+    previous = os.umask(0o027)
+    try:
+        run = config("stage3", photographs, tmp_path / "run", init=model, iterations=1, snapshot=snapshot)
+        no_validation(Trainer(run)).run()
+        StreamDiffVSRPipeline.from_pretrained(tmp_path / "run" / "model", flow="zero").save_pretrained(tmp_path / "out")
+    finally:
+        os.umask(previous)
+    written = [snapshot, *(tmp_path / "run").rglob("*.safetensors"), *(tmp_path / "out").rglob("*.safetensors")]
+    assert len(written) == 1 + 1 + 4 + 4
+    assert {stat.S_IMODE(file.stat().st_mode) for file in written} == {0o640}
+    assert not list(tmp_path.rglob("*.mode"))
 
 
 def test_untrained_guidance_is_not_taken_for_trained(model: Path) -> None:
