@@ -105,7 +105,8 @@ def kill_writers(folder: Path, times: int, stop: threading.Event) -> None:
 
 
 @pytest.mark.usefixtures("ray_running")
-@pytest.mark.parametrize(("deaths", "code"), [(1, 0), pytest.param(3, 4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # workers are killed in every run by test_chaos
+@pytest.mark.parametrize(("deaths", "code"), [(1, 0), (3, 4)])
 def test_a_row_whose_worker_dies_is_tried_again_but_not_for_ever(
     videos: dict[str, Path],
     tmp_path: Path,

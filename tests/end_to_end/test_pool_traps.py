@@ -51,6 +51,7 @@ def ended(records: list[Record]) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("ray_running")
+@pytest.mark.slow
 def test_a_row_that_kills_its_actor_ends_and_is_not_tried_for_ever(rows: list[Row]) -> None:
     """By default Ray restarts the actor and the row without end; here both go on with the other rows."""
     poison, deaths, records = rows[0]["row_id"], 0, []

@@ -96,6 +96,7 @@ def test_the_job_gives_what_the_pipeline_gives(
     assert difference.mean() < 1.0 and difference.max() <= 8  # RGB to YUV and back
 
 
+@pytest.mark.slow
 def test_the_state_is_forgotten_at_a_cut(restore: Any, tmp_path: Path) -> None:
     import av
 

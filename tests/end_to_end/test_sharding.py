@@ -15,7 +15,7 @@ SHOTS = (9, 5, 12, 7, 4, 10, 8)
 LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "yuv444p", "--exact", "--segment-seconds", "0.16")
 
 
-@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("interlaced", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "actors", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
 )

@@ -61,6 +61,7 @@ def test_a_split_film_is_whole_and_its_manifest_tells_splits_from_cuts(
     assert again["status"] == "skipped"
 
 
+@pytest.mark.slow
 def test_one_worker_that_is_killed_makes_the_same_film_as_two(film: Path, on_two: Path, tmp_path: Path) -> None:
     result = tmp_path / "out.mp4"
     stop = threading.Event()

@@ -323,7 +323,7 @@ def test_callbacks_and_tiles_take_the_reference(pipe: StreamDiffVSRPipeline) -> 
     assert used == ["whole"], "what a backend needs is not in the estimate that keeps the limit"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_openvino_over_thirty_frames(tiny: StreamDiffVSRPipeline, dtype: torch.dtype) -> None:
     frames = clip(30, 40, 56)
     wanted = restore(tiny, frames, 2)
@@ -334,6 +334,7 @@ def test_openvino_over_thirty_frames(tiny: StreamDiffVSRPipeline, dtype: torch.d
     assert tiny.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_openvino_serves_every_size_from_one_conversion(
     attending: StreamDiffVSRPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
