@@ -479,15 +479,8 @@ def test_more_uploads_than_there_are_places_are_told_when_to_come_again(folder: 
 def test_the_description_for_programs_is_complete(port: int) -> None:
     with Duplex(port, "/openapi.json", method="GET", chunked=False) as request:
         operation = json.loads(request.rest())["paths"]["/v1/restore"]["post"]
-    assert {one["name"] for one in operation["parameters"]} == {
-        "scale",
-        "model",
-        "steps",
-        "seed",
-        "codec",
-        "crf",
-        "cuts",
-    }
+    names = {one["name"] for one in operation["parameters"]}
+    assert names == {"scale", "model", "steps", "seed", "codec", "crf", "cuts"}
     assert "video/mp4" in operation["responses"]["200"]["content"] and operation["requestBody"]["required"]
     assert set(operation["responses"]) == {"200", "4XX", "5XX"}
 
