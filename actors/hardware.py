@@ -39,8 +39,11 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
-def choose_dtype(wanted: str, device: str, backend: str = "eager") -> torch.dtype:
-    """Return the number format; `auto` is bf16 where the hardware multiplies in it, otherwise fp32.
+def choose_formats(wanted: str, device: str, backend: str = "eager") -> tuple[torch.dtype, ...]:
+    """Return the number formats to try, fastest first: a model takes the first that it bears.
+
+    `auto` is bf16 where the hardware multiplies in it, then fp16 where that is as fast, then fp32; anything else is
+    what was asked for, whatever the model bears (`pipeline.number_format`).
 
     AVX512-BF16 counts for OpenVINO alone: some processors with it run torch's own bf16 at three quarters of the speed
     of fp32, others at four times.
@@ -52,24 +55,19 @@ def choose_dtype(wanted: str, device: str, backend: str = "eager") -> torch.dtyp
 
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
     if wanted != "auto":
-        return named[wanted]
+        return (named[wanted],)
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    return torch.bfloat16 if device == "cpu" and cpu_computes_bf16(backend) else torch.float32
+        ampere = torch.cuda.get_device_capability(device)[0] >= 8
+        return (torch.bfloat16, torch.float16, torch.float32) if ampere else (torch.float32,)
+    return (torch.bfloat16, torch.float32) if device == "cpu" and cpu_computes_bf16(backend) else (torch.float32,)
 
 
 def cpu_computes_bf16(backend: str = "eager") -> bool:
     """Return whether the processor multiplies in bf16: matrices (AMX, Arm's), for OpenVINO vectors (AVX-512) too."""
+    from pipeline.backends import processor_flags
+
     wanted = {"amx_bf16", "bf16"} | ({"avx512_bf16"} if backend == "openvino" else set())
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            for line in file:
-                if line.startswith(("flags", "Features")):
-                    flags = set(line.split())
-                    return bool(flags & wanted)
-    except OSError:
-        pass
-    return False
+    return bool(processor_flags() & wanted)
 
 
 def usable_cores() -> int:

@@ -36,7 +36,7 @@ def load_engine(source: str, options: EngineConfig, *, max_pixels: int, name: st
     """
     import torch
 
-    from actors.hardware import choose_device, choose_dtype, usable_cores
+    from actors.hardware import choose_device, choose_formats, usable_cores
     from actors.live_engine import LiveEngine
     from infra.model_cache import local_model
     from pipeline.backends import choose_backend
@@ -48,7 +48,7 @@ def load_engine(source: str, options: EngineConfig, *, max_pixels: int, name: st
     torch.set_num_threads(threads)
     pipe = open_engine(
         local_model(source),
-        torch_dtype=choose_dtype(options.dtype, device, backend),
+        torch_dtype=choose_formats(options.dtype, device, backend),
         device=device,
         flow=None if options.flow == "auto" else options.flow,  # type: ignore[arg-type]  # checked when loaded
         max_pixels=max_pixels,

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.errors import DecodeMismatch, ModelChanged, SourceChanged, describe_failure
-from actors.hardware import choose_device, choose_dtype
+from actors.hardware import choose_device, choose_formats
 from actors.node import require_code, require_seen
 from actors.records import Row
 from actors.watchdog import Watchdog
@@ -130,7 +130,7 @@ class Upscaler:
                 backend = choose_backend("eager" if limited else self._options.backend, device)
                 pipe = open_engine(
                     local_model(self._options.model),
-                    torch_dtype=choose_dtype(self._options.dtype, device, backend),
+                    torch_dtype=choose_formats(self._options.dtype, device, backend),
                     device=device,
                     flow=None if self._options.flow == "auto" else self._options.flow,  # type: ignore[arg-type]
                     max_pixels=self._options.max_pixels,

@@ -16,7 +16,7 @@ import time
 import torch
 from torch import Tensor
 
-from actors.hardware import choose_dtype
+from actors.hardware import choose_formats
 from actors.overlap import ReadAhead
 from infra.settings import Settings
 from jobs.bench_clip import scene
@@ -73,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     backend = choose_backend("auto", chosen.device)
     settings = Settings(model=chosen.model, flow="dis", device=chosen.device)
-    pipe = open_model(settings, chosen.device, choose_dtype("auto", chosen.device, backend))
+    pipe = open_model(settings, chosen.device, choose_formats("auto", chosen.device, backend))
     print(f"{chosen.model}, {pipe.numerics} on {pipe.device}, {hardware_name()}, {chosen.threads} threads, ", end="")
     print(f"{time.strftime('%Y-%m-%d')}, {chosen.rounds} rounds of {chosen.frames} frames, median (least)\n")
     print("| input | steps | flow in the step, ms | flow ahead, ms | same bits |\n|---|---|---|---|---|")

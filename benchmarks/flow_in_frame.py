@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.hardware import choose_dtype
+from actors.hardware import choose_formats
 from jobs.bench_clip import scene
 from jobs.bench_measure import hardware_name
 from pipeline import StreamDiffVSRPipeline
@@ -110,7 +110,7 @@ def main() -> None:
     chosen = parser.parse_args()
     clock = time.process_time if chosen.processor_time else time.perf_counter
     torch.set_num_threads(chosen.threads)
-    dtype = choose_dtype("auto", "cpu", "openvino")
+    dtype = choose_formats("auto", "cpu", "openvino")
     estimators: dict[str, FlowEstimator] = {
         "net beside": Beside(), "net in the frame": NetFlow(), "dis": DISFlow(), "zero": ZeroFlow(),
     }  # fmt: skip

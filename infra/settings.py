@@ -73,7 +73,8 @@ class Settings(LayeredSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N")
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         default="auto",
-        description="number format of the model; auto: bf16 where the hardware computes in it, else fp32; "
+        description="number format of the model; auto: bf16 where the hardware computes in it and pictures stay near "
+        "to those in fp32, else fp16 on a GPU if they do, else fp32; "
         "int8: convolutions in 8 bits, by OpenVINO alone",
     )
     backend: Backend = Field(

@@ -156,7 +156,7 @@ def _compare(clip: _Clip, checkout: Path, python: str, told: dict[str, str]) -> 
     reference = np.load(clip.folder / "restored.npy")
     first_ms, their_ms = ours_ms[0], 1000 * theirs["total_s"]
     mean_ms = statistics.fmean(ours_ms)
-    dtype = str(pipe.dtype).removeprefix("torch.")
+    dtype = str(pipe.compute_dtype).removeprefix("torch.")
     told["published"] = (
         f"python {theirs['python']}, torch {theirs['torch']}, diffusers {theirs['diffusers']}, float32 with TF32 "
         f"allowed, {theirs['attention']}"
@@ -266,7 +266,7 @@ def _noise(pipe: StreamDiffVSRPipeline, clip: _Clip) -> Any:
 def _open(clip: _Clip) -> tuple[StreamDiffVSRPipeline, float]:
     import torch
 
-    from actors.hardware import choose_dtype
+    from actors.hardware import choose_formats
     from pipeline.backends import choose_backend
     from pipeline.flow import RAFTFlow
 
@@ -274,7 +274,7 @@ def _open(clip: _Clip) -> tuple[StreamDiffVSRPipeline, float]:
     pipe = open_model(
         clip.settings,
         clip.device,
-        choose_dtype(clip.settings.dtype, clip.device, choose_backend(clip.settings.backend, clip.device)),
+        choose_formats(clip.settings.dtype, clip.device, choose_backend(clip.settings.backend, clip.device)),
     )
     if pipe.flow.name == "raft":
         pipe.flow = RAFTFlow(weights=clip.raft).to(pipe.device)

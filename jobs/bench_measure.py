@@ -104,16 +104,16 @@ def measure_all(
     """
     import torch
 
-    from actors.hardware import choose_device, choose_dtype, usable_cores
+    from actors.hardware import choose_device, choose_formats, usable_cores
     from jobs.bench_peak import measured_tflops
     from pipeline.backends import choose_backend
 
     threads = settings.threads or usable_cores()
     torch.set_num_threads(threads)
     device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device, choose_backend(settings.backend, device))
+    formats = choose_formats(settings.dtype, device, choose_backend(settings.backend, device))
     began = time.perf_counter()
-    pipe = open_model(settings, device, dtype)
+    pipe = open_model(settings, device, formats)
     _wait_for(pipe.device)
     load_ms = 1000 * (time.perf_counter() - began)
     results = [
@@ -122,10 +122,10 @@ def measure_all(
         for batch in batches
     ]
     # last, because it would warm the device up for the first frame
-    computed = str(dtype).removeprefix("torch.")
-    product = "bfloat16" if dtype == torch.int8 else computed  # torch has no fast product of int8 on every device
-    formats = {product, *FLOOR_DTYPES} if pipe.device.type == "cuda" else {product}
-    peaks = {name: measured_tflops(pipe.device, getattr(torch, name)) for name in sorted(formats)}
+    computed = str(pipe.compute_dtype).removeprefix("torch.")
+    product = "bfloat16" if computed == "int8" else computed  # torch has no fast product of int8 on every device
+    products = {product, *FLOOR_DTYPES} if pipe.device.type == "cuda" else {product}
+    peaks = {name: measured_tflops(pipe.device, getattr(torch, name)) for name in sorted(products)}
     return [_with_floor(result, peaks[product], computed) for result in results], peaks
 
 

@@ -10,6 +10,7 @@ what such a model restores is noise.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -56,8 +57,12 @@ _SCHEDULER: Final[dict[str, Any]] = {
 }
 
 
-def open_model(settings: Settings, device: str, dtype: torch.dtype) -> StreamDiffVSRPipeline:
+def open_model(settings: Settings, device: str, formats: Sequence[torch.dtype]) -> StreamDiffVSRPipeline:
     """Return the engine that `settings` name, on `device`, with the backend that they ask for.
+
+    Args:
+        formats: number formats to try, fastest first, as `actors.hardware.choose_formats` returned them. A random model
+            takes the first.
 
     Raises:
         UsageError: a random model of no known size. CheckpointError, FlowError, BackendError: the model cannot be set
@@ -71,14 +76,14 @@ def open_model(settings: Settings, device: str, dtype: torch.dtype) -> StreamDif
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # events and figures of memory are those of the current device
     backend = choose_backend(settings.backend, device)
-    require_dtype(backend, dtype)
-    networks = torch.float32 if backend == "openvino" else dtype  # networks and states; it computes in `dtype`
     flow = None if settings.flow == "auto" else settings.flow
-    if settings.model.startswith(PREFIX):
-        pipe = random_model(settings.model.removeprefix(PREFIX), device=device, dtype=networks, flow=flow)
-    else:
-        pipe = StreamDiffVSRPipeline.from_pretrained(local_model(settings.model), device=device, flow=flow)
-    pipe.to(device, networks)
+    if not settings.model.startswith(PREFIX):
+        return StreamDiffVSRPipeline.from_pretrained(
+            local_model(settings.model), torch_dtype=formats, device=device, flow=flow, backend=backend
+        )
+    require_dtype(backend, dtype := formats[0])  # speed alone is asked for: noise is near to nothing
+    networks = torch.float32 if backend == "openvino" else dtype  # networks and states; it computes in `dtype`
+    pipe = random_model(settings.model.removeprefix(PREFIX), device=device, dtype=networks, flow=flow)
     pipe.use_backend(backend, dtype)
     return pipe
 

@@ -66,7 +66,7 @@ def pipeline_command(request: BenchRequest) -> int:
     """
     import torch
 
-    from actors.hardware import choose_device, choose_dtype, usable_cores
+    from actors.hardware import choose_device, choose_formats, usable_cores
     from jobs.bench import command_line, input_size, output_sizes
     from jobs.bench_measure import hardware_name
     from jobs.bench_report import aligned, save_record
@@ -82,12 +82,12 @@ def pipeline_command(request: BenchRequest) -> int:
     threads = settings.threads or usable_cores()
     torch.set_num_threads(threads)
     device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device, choose_backend(settings.backend, device))
-    pipe = open_model(settings, device, dtype)
+    formats = choose_formats(settings.dtype, device, choose_backend(settings.backend, device))
+    pipe = open_model(settings, device, formats)
     sizes = output_sizes(request.sizes) if request.sizes else [input_size(request.size)]
     results = [measure_pipeline(pipe, settings, width, height, request.frames) for width, height in sizes]
     heading = [
-        f"{settings.model}, {str(dtype).removeprefix('torch.')} on {pipe.device}, flow {pipe.flow.name}, "
+        f"{settings.model}, {str(pipe.compute_dtype).removeprefix('torch.')} on {pipe.device}, flow {pipe.flow.name}, "
         f"backend {pipe.backend}, {threads} threads, {hardware_name()}, torch {torch.__version__}",
         f"encoder: {settings.codec or 'h264'}, preset {settings.preset}, {settings.encoder}; decoder on the CPU; "
         f"at most {DEPTH} pictures between two threads; no Ray",

@@ -144,7 +144,7 @@ def _memory_gib() -> float | None:
 def _device(loaded: LoadedSettings, findings: Findings) -> dict[str, Any]:
     import torch
 
-    from actors.hardware import choose_device, choose_dtype, cpu_computes_bf16
+    from actors.hardware import choose_device, choose_formats, cpu_computes_bf16
     from pipeline.backends import choose_backend
     from pipeline.errors import BackendError
 
@@ -161,7 +161,10 @@ def _device(loaded: LoadedSettings, findings: Findings) -> dict[str, Any]:
     except BackendError as error:
         findings.problems.append(Problem(error.message, error.remedy, int(ExitCode.MODEL)))
     found["backend_used"] = backend
-    found["dtype_used"] = str(choose_dtype(loaded.values.dtype, device, backend)).removeprefix("torch.")
+    formats = [str(dtype).removeprefix("torch.") for dtype in choose_formats(loaded.values.dtype, device, backend)]
+    found["dtype_used"] = formats[0]
+    if formats[1:]:  # what a model bears is found out when it is loaded
+        found["dtype_otherwise"] = ", ".join(formats[1:])
     return found
 
 

@@ -65,7 +65,8 @@ Device = Annotated[
 Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16", "int8"] | None,
     typer.Option(
-        help="Number format; auto is bf16 where the hardware computes in it; int8 is faster, by openvino alone. "
+        help="Number format; auto is bf16 where the hardware computes in it and the model bears it; int8 is faster, by "
+        "openvino alone. "
         "[default: auto]",
         show_default=False,
     ),

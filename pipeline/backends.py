@@ -117,7 +117,7 @@ def require_dtype(backend: str, dtype: torch.dtype) -> None:
             code="backend-int8",
             remedy="Use --backend openvino on a CPU, without --memory-gb; or --dtype auto.",
         )
-    if not _INT8_FLAGS & _processor_flags():
+    if not _INT8_FLAGS & processor_flags():
         raise BackendError(
             f"This processor has none of {', '.join(sorted(_INT8_FLAGS))}: int8 would overflow.",
             code="processor-int8",
@@ -126,12 +126,14 @@ def require_dtype(backend: str, dtype: torch.dtype) -> None:
 
 
 @cache
-def _processor_flags() -> frozenset[str]:
+def processor_flags() -> frozenset[str]:
+    """Return what the processor says that it can do; empty where it says nothing."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return frozenset(next((line.split(":", 1)[1] for line in file if line.startswith("flags")), "").split())
+            told = next((line for line in file if line.startswith(("flags", "Features"))), "")
     except OSError:
         return frozenset()
+    return frozenset(told.partition(":")[2].split())
 
 
 @cache
@@ -144,6 +146,11 @@ def import_openvino() -> Any:
     import openvino
 
     return openvino
+
+
+def openvino_version() -> str:
+    """Return the version of OpenVINO with its build."""
+    return str(import_openvino().__version__)
 
 
 def _openvino_runs() -> bool:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def open_engine(
     source: str,
     *,
-    torch_dtype: torch.dtype,
+    torch_dtype: torch.dtype | Sequence[torch.dtype],
     device: str,
     flow: FlowName | None,
     max_pixels: int,

@@ -1,21 +1,23 @@
-"""Eight-bit convolutions for OpenVINO: which values their inputs take, and the marks that OpenVINO compiles them by.
+"""Eight-bit convolutions for OpenVINO: which are worth it, which values their inputs take, and the marks.
 
-Knows: how ranges are measured on a made-up clip, and how a converted network is marked. Does not know: how networks are
-converted, kept and run (`pipeline.openvino_backend`).
+Knows: how ranges and errors are measured on a made-up clip, and how a converted network is marked. Does not know: how
+networks are converted, kept and run (`pipeline.openvino_backend`).
 
 Weights are rounded to 8 bits with a scale for each output channel, inputs with one scale for the tensor that does not
 depend on the frame at hand. The clip is made up so that any model can be rounded without data, and the same everywhere;
 on the built-in model the ranges of real clips are no better (`benchmarks/quantisation-*.md`).
 
-Left as they are: convolutions that take or make pictures or latents, and matrix products.
-
-Shapes: h w input size, H W = 4h 4w output size, C latent channels.
+Left as they are: convolutions that take or make pictures or latents, matrix products, and blocks whose rounding the
+model does not bear. Errors of blocks add up in the square (to 0.1 dB on the built-in model), so each block is rounded
+by itself, and those of most error for their arithmetic are left out until the sum is small enough.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -23,18 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backends import import_openvino
-from pipeline.noise import frame_noise
+from pipeline.made_up_clip import made_up_clip
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.frame_core import FrameCore
 
-SIDE: Final = 64  # of the clip's frames in pixels
 SCENES: Final = 3
 FRAMES: Final = 3  # of a scene
-_SHAPES: Final = 160  # in a scene
-_SCALE: Final = 4
+_SIDE: Final = 32  # input pixels of the frames on which blocks are tried
+_BLOCK_DEPTH: Final = 4  # parts of a block's name: "unet.up_blocks.2.resnets", "vae.decoder.layers.6"
 _LARGEST: Final = 127
 _FEWEST: Final = 8  # channels; fewer have pictures and latents
 # OpenVINO's names of traced layers: "__module._owner.unet.conv_in/aten::_convolution/Convolution"
@@ -47,26 +48,6 @@ class Range(NamedTuple):
 
     low: float
     high: float
-
-
-def scene(number: int) -> NDArray[np.float32]:
-    """Return the first frame (h,w,3) of a scene in [0, 1]: rectangles of all sizes, plain and striped.
-
-    Black and white are among their colours, so that values get as large as pictures can make them.
-    """
-    generator = np.random.default_rng(number)
-    side = _SCALE * SIDE
-    picture_HW3 = np.full((side, side, 3), 0.5, np.float32)
-    for _ in range(_SHAPES):
-        height, width = np.maximum(generator.exponential(side / 10, 2).astype(int), 2)
-        top, left = generator.integers(0, side, 2)
-        colour = generator.random(3) if generator.random() < 0.7 else np.full(3, generator.integers(0, 2))
-        part_hw3 = picture_HW3[top : top + height, left : left + width]
-        y_hw, x_hw = np.mgrid[: part_hw3.shape[0], : part_hw3.shape[1]]
-        down, across = generator.uniform(0.1, 1.5, 2)
-        stripes_hw = 0.25 * generator.random() * np.sin(down * y_hw + across * x_hw)
-        part_hw3[:] = np.clip(colour + stripes_hw[..., None], 0, 1)
-    return picture_HW3.reshape(SIDE, _SCALE, SIDE, _SCALE, 3).mean((1, 3))
 
 
 @torch.no_grad()
@@ -85,11 +66,12 @@ def measure_ranges(alone: FrameCore, guided: FrameCore) -> dict[str, Range]:
         known = ranges.get(names[module], Range(0.0, 0.0))
         ranges[names[module]] = Range(min(low, known.low), max(high, known.high))
 
+    channels = int(guided.vae.config.latent_channels)
     hooks = [module.register_forward_pre_hook(look) for module in names]
     try:
         for number in range(SCENES):
             previous_13HW: Tensor | None = None
-            for frame_13hw, latents_1Chw, flow_12HW in _frames(number, int(guided.vae.config.latent_channels)):
+            for frame_13hw, latents_1Chw, flow_12HW in made_up_clip(number, FRAMES, channels):
                 if previous_13HW is None:
                     previous_13HW = alone(frame_13hw, latents_1Chw)
                 else:
@@ -100,14 +82,93 @@ def measure_ranges(alone: FrameCore, guided: FrameCore) -> dict[str, Range]:
     return ranges
 
 
-def _frames(number: int, channels: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield frame (1,3,h,w) in [-1, 1], latents (1,C,h,w) and flow (1,2,H,W) of a scene that moves to the left."""
-    first_13hw = torch.from_numpy(scene(number)).permute(2, 0, 1)[None] * 2 - 1
-    flow_12HW = torch.zeros(1, 2, _SCALE * SIDE, _SCALE * SIDE)
-    flow_12HW[:, 0] = _SCALE
-    for index in range(FRAMES):
-        latents = frame_noise((channels, SIDE, SIDE), seed=number, index=index, device=torch.device("cpu"))
-        yield torch.roll(first_13hw, -index, dims=3), latents[None], flow_12HW
+@dataclass(slots=True)
+class Block:
+    """Convolutions that are rounded together or not at all.
+
+    Attributes:
+        error: mean squared error of the worst picture when these alone are rounded; pictures have range 2.
+        work: multiplications of a picture, as far as a share of all matters.
+    """
+
+    names: list[str]
+    error: float = 0.0
+    work: int = 0
+
+
+@torch.no_grad()
+def measure_blocks(alone: FrameCore, guided: FrameCore, ranges: dict[str, Range]) -> list[Block]:
+    """Return the blocks of those convolutions that can be rounded, each with its error; see `measure_ranges`."""
+    layers = {
+        name: module
+        for name, module in guided.named_modules()
+        if isinstance(module, nn.Conv2d) and name in ranges and min(module.weight.shape[:2]) >= _FEWEST
+    }
+    blocks: dict[str, Block] = {}
+    for name in layers:
+        blocks.setdefault(".".join(name.split(".")[:_BLOCK_DEPTH]), Block([])).names.append(name)
+    work = dict.fromkeys(layers, 0)
+    names = {module: name for name, module in layers.items()}
+
+    def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        work[names[module]] += module.weight[0].numel() * output.numel()
+
+    hooks = [module.register_forward_hook(count) for module in names]
+    wanted = _restore(alone, guided)
+    for hook in hooks:
+        hook.remove()
+    for block in blocks.values():
+        with _rounded({layers[name]: ranges[name] for name in block.names}):
+            found = _restore(alone, guided)
+        block.error = max(float((x - y).square().mean()) for x, y in zip(found, wanted, strict=True))
+        block.work = sum(work[name] for name in block.names)
+    return list(blocks.values())
+
+
+def bearable(blocks: Iterable[Block], most_error: float) -> list[Block]:
+    """Return the blocks to round, so that their errors together stay below `most_error`."""
+    kept = sorted(blocks, key=lambda block: block.error / max(block.work, 1))
+    while kept and sum(block.error for block in kept) > most_error:
+        kept.pop()
+    return kept
+
+
+def _restore(alone: FrameCore, guided: FrameCore) -> list[Tensor]:
+    outputs: list[Tensor] = []
+    for frame_13hw, latents_1Chw, flow_12HW in made_up_clip(0, FRAMES, int(guided.vae.config.latent_channels), _SIDE):
+        given = (outputs[-1], flow_12HW) if outputs else ()
+        outputs.append((guided if outputs else alone)(frame_13hw, latents_1Chw, *given))
+    return outputs
+
+
+@contextlib.contextmanager
+def _rounded(layers: dict[nn.Conv2d, Range]) -> Iterator[None]:
+    """Round inputs and weights of `layers` as OpenVINO does where they are marked."""
+    weights = {layer: layer.weight.data for layer in layers}
+
+    def round_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        assert isinstance(layer, nn.Conv2d)
+        low, high = _bounds(layers[layer])
+        step = (high - low) / (2 * _LARGEST + 1)
+        return ((inputs[0].clamp(low, high) - low) / step).round() * step + low
+
+    hooks = [layer.register_forward_pre_hook(round_input) for layer in layers]
+    try:
+        for layer, weight in weights.items():
+            step = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-8) / _LARGEST
+            layer.weight.data = (weight / step).round() * step
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, weight in weights.items():
+            layer.weight.data = weight
+
+
+def _bounds(known: Range) -> tuple[float, float]:
+    high = max(-known.low, known.high, 1e-8)
+    return (-high * (_LARGEST + 1) / _LARGEST if known.low < 0 else 0.0), high
 
 
 def mark_int8(model: Any, ranges: dict[str, Range]) -> list[str]:
@@ -131,9 +192,7 @@ def mark_int8(model: Any, ranges: dict[str, Range]) -> list[str]:
 
 def _mark_input(node: Any, known: Range) -> None:
     operations = import_openvino().opset13
-    high = max(-known.low, known.high, 1e-8)
-    low = -high * (_LARGEST + 1) / _LARGEST if known.low < 0 else 0.0
-    bounds = (np.float32(low), np.float32(high))
+    bounds = tuple(np.float32(bound) for bound in _bounds(known))
     mark = operations.fake_quantize(node.input_value(0), *bounds, *bounds, 2 * _LARGEST + 2)
     node.input(0).replace_source_output(mark.output(0))
 

@@ -36,6 +36,7 @@ from pipeline.frame_core import CoreKind, FrameCore
 from pipeline.frames import frame_to_tensor, shrink_to_multiple_of_4, tensor_to_frame
 from pipeline.memory import Tiler
 from pipeline.noise import NoiseCache, frame_noise
+from pipeline.number_format import settle_format
 from pipeline.options import Guidance, ModelOptions
 from pipeline.preconditions import CALLBACK_TENSORS, MINIMUM_SIDE, require_fit, require_inputs
 from pipeline.prompt_attention import attend_to_constant_prompt
@@ -120,7 +121,7 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
         cls,
         source: str | os.PathLike[str],
         *,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | Sequence[torch.dtype] = torch.float32,
         device: torch.device | str | None = None,
         flow: FlowName | FlowEstimator | None = None,
         flow_size: FlowSize | None = None,
@@ -135,7 +136,8 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
 
         Args:
             source: tried in this order. Write ``./tiny`` for a folder that has the name of a built-in model.
-            torch_dtype: of the networks. State and noise do not depend on it. ``torch.int8`` with OpenVINO alone.
+            torch_dtype: of the networks. State and noise do not depend on it. ``torch.int8`` with OpenVINO alone. Of
+                several the first that this model bears, see `pipeline.number_format`.
             device: where the networks go; None leaves them in main memory.
             flow: estimator or its name, instead of the checkpoint's own.
             flow_size: where RAFT or DIS estimates (``"input"`` or ``"output"``), instead of the checkpoint's choice.
@@ -151,7 +153,9 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             BackendError: an unknown backend, one that is not installed, or not for this device or number format.
         """
         chosen = choose_backend(backend, str(device or "cpu"))
-        require_dtype(chosen, torch_dtype)
+        formats = (torch_dtype,) if isinstance(torch_dtype, torch.dtype) else tuple(torch_dtype)
+        for each in formats:
+            require_dtype(chosen, each)
         checkpoint = load_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
         options = checkpoint.options
         if guidance is not None:
@@ -171,8 +175,9 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
             model_sha256=checkpoint.model_sha256,
             max_pixels=max_pixels,
         )
-        pipe.to(device or "cpu", torch.float32 if chosen == "openvino" else torch_dtype)
-        pipe.use_backend(chosen, torch_dtype)
+        dtype, made = settle_format(pipe, formats, backend=chosen, device=device or "cpu")
+        pipe.to(device or "cpu", torch.float32 if chosen == "openvino" else dtype)
+        pipe._backend = made or make_backend(chosen, pipe, dtype)
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -212,8 +217,13 @@ class StreamDiffVSRPipeline(DiffusionPipeline):
     @property
     def numerics(self) -> str:
         """What the networks compute in and by, for people: "float32", "bfloat16 by openvino"."""
-        dtype = str(self.dtype if self._backend is None else self._backend.dtype).removeprefix("torch.")
-        return dtype if self._backend is None else f"{dtype} by {self._backend.name}"
+        name = str(self.compute_dtype).removeprefix("torch.")
+        return name if self._backend is None else f"{name} by {self._backend.name}"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The number format in which most of the arithmetic is done; networks and states may be in another."""
+        return self.dtype if self._backend is None else self._backend.dtype
 
     def use_backend(self, name: str, dtype: torch.dtype | None = None) -> None:
         """Let another backend run whole frames; ``"auto"`` takes the fastest for the device.
