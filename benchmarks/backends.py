@@ -29,7 +29,7 @@ from pipeline.video import VideoReader
 
 CLIP = Path(__file__).parents[1] / "tests/data/walk_lr.mp4"
 ON_A_CPU = ("eager:fp32", "eager:bf16", "compiled:fp32", "openvino:fp32", "openvino:bf16", "openvino:int8")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 WARM_UP = 5
 
 
