@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jobs.cli import main
+from pipeline.cuda_backend import psnr_db
 from pipeline.growth import GrowthError, grow
 from pipeline.restorer import SCHEDULES, SIZES, ModelSize, Restorer
 from pipeline.stream_diffvsr import StreamDiffVSRPipeline
@@ -104,3 +106,28 @@ def test_the_command_writes_a_model_that_every_command_opens(
         torch.testing.assert_close(outputs[1], outputs[0], atol=1e-4, rtol=0)
     assert main(["train", "grow", "tiny", "--size", "huge", "--out", str(tmp_path / "huge")]) == 2
     assert "huge" in capsys.readouterr().err
+
+
+def test_a_model_in_half_precision_is_half_the_size_and_restores_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = tmp_path / "half"
+    assert main(["train", "export", "tiny", "--out", str(half)]) == 0
+    assert "5.0 MB" in capsys.readouterr().out
+    pipes = [StreamDiffVSRPipeline.from_pretrained(source, flow="zero") for source in ("tiny", str(half))]
+    assert pipes[1].dtype == torch.float32 and pipes[1].options == pipes[0].options
+    states = [pipe.start() for pipe in pipes]
+    for moment in range(3):
+        frame = torch.roll(inputs()[0][:1], moment, dims=3)
+        outputs = [pipe.step(frame, [state]) for pipe, state in zip(pipes, states, strict=True)]
+        assert 70 < psnr_db(outputs[1], outputs[0]) < 100
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(
+    tiny: Restorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = copy.deepcopy(tiny)
+    next(large.unet.parameters()).data.fill_(1e6)
+    large.save(tmp_path / "large", {})
+    assert main(["train", "export", str(tmp_path / "large"), "--out", str(tmp_path / "half")]) == 2
+    assert "65504" in capsys.readouterr().err and not (tmp_path / "half").exists()
