@@ -55,7 +55,7 @@ def assembly_of(plan: VideoPlan, area: str, **changes: Any) -> Assembly:
     return dataclasses.replace(task, **changes)
 
 
-@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("interlaced", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_film_in_shots_is_the_film_in_one_go(
     tmp_path: Path, model: Path, actors: list[Upscaler], interlaced: bool
 ) -> None:

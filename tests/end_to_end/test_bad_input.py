@@ -165,6 +165,7 @@ def test_a_ray_address_that_nobody_serves(
     assert "127.0.0.1:1" in refuse(2, good, tmp_path / "out.mp4")
 
 
+@pytest.mark.slow
 def test_a_flow_estimator_that_is_not_installed(refuse: Callable[..., str], good: Path, tmp_path: Path) -> None:
     import importlib.util
 

@@ -98,6 +98,7 @@ def run(tmp_path: Path, sources: Path) -> Run:
     return restore
 
 
+@pytest.mark.slow
 def test_a_destination_that_is_too_small_is_refused_before_anything_is_restored(
     run: Run, sources: Path, tmp_path: Path
 ) -> None:
