@@ -5,6 +5,7 @@ Imports neither Ray nor OpenCV, so that a lean GPU machine needs torch, diffuser
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
 
+    from pipeline.flow_training import FlowTrainer
     from pipeline.objectives import TrainConfig
+    from pipeline.training import Trainer
 
 app = typer.Typer(
     no_args_is_help=True, help="Train a model: autoencoder, then stage1, stage2, stage3; or the flow network."
@@ -106,9 +109,19 @@ def run_stage(stage: str, extra: list[str], **options: Any) -> Path:
     from pipeline.training import Trainer
 
     console, report = _reporter()
-    folder = Trainer(build_config(stage, options, extra), report).run()
+    trainer = Trainer(build_config(stage, options, extra), report)
+    folder = trainer.run()
+    _exit_if_stopped(trainer)
     console.print(f"Model: {folder}", soft_wrap=True)
     return folder
+
+
+def _exit_if_stopped(trainer: Trainer | FlowTrainer) -> None:
+    """Leave with the status of the signal that ended the run, and say that nothing is lost."""
+    if trainer.stopped_by is not None:
+        name = signal.Signals(trainer.stopped_by).name
+        typer.echo(f"Stopped by {name} and saved at iteration {trainer.iteration}; the same command goes on.", err=True)
+        raise typer.Exit(128 + trainer.stopped_by)
 
 
 def _register(stage: str, iterations: int, summary: str) -> None:
@@ -188,7 +201,9 @@ def flow(
         "threads": threads,
     }
     console, report = _reporter()
-    weights = FlowTrainer(_merged(FlowTrainConfig, flags, set_ or []), report).run()
+    trainer = FlowTrainer(_merged(FlowTrainConfig, flags, set_ or []), report)
+    weights = trainer.run()
+    _exit_if_stopped(trainer)
     console.print(f"Weights: {weights}", soft_wrap=True)
 
 

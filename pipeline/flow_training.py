@@ -26,6 +26,7 @@ from torch import Tensor
 from pipeline.dataset import DatasetError, TrainingData
 from pipeline.flow_clips import Pairs, real, simulated
 from pipeline.flow_net import FlowNet, warp
+from pipeline.stop_signals import StopSignals
 from pipeline.training import Average, TrainingError, learning_rate_factor
 from pipeline.training_state import load_optimiser, optimiser_tensors, part, read_tensors, write_tensors
 
@@ -105,10 +106,24 @@ class FlowTrainer:
         self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=config.learning_rate, weight_decay=1e-4)
         self.average = Average.of(self.net, config.ema)
         self.iteration = 0
+        self._signals = StopSignals()
         self._resume()
 
     def run(self) -> Path:
-        """Train until `iterations` or `minutes`; return the file of the averaged weights."""
+        """Train until `iterations`, `minutes` or a signal; return the file of the averaged weights.
+
+        After a signal (`stopped_by`) everything is saved at once, without a validation.
+        """
+        with self._signals:
+            self._run()
+        return self.config.out / "flow.safetensors"
+
+    @property
+    def stopped_by(self) -> int | None:
+        """Number of the signal that ended the run before its time; None: there was none."""
+        return self._signals.received
+
+    def _run(self) -> None:
         config, began, last_report = self.config, time.monotonic(), 0.0
         config.out.mkdir(parents=True, exist_ok=True)
         finished = self.iteration >= config.iterations
@@ -120,10 +135,12 @@ class FlowTrainer:
             if now - last_report > 20 or finished:
                 last_report = now
                 self._log(figures)
+            if self.stopped_by is not None:
+                self.save()
+                return
             if self.iteration % config.validate_every == 0 or finished:
                 self._log(self.validate())
                 self.save()
-        return config.out / "flow.safetensors"
 
     def step(self) -> dict[str, float]:
         """One iteration, which depends on the seed and its number alone. Returns the losses."""

@@ -31,6 +31,7 @@ from pipeline.errors import PipelineError
 from pipeline.losses import discriminator_loss
 from pipeline.objectives import Objective, TrainConfig
 from pipeline.restorer import SCHEDULES, SIZES, ModelSize, Restorer
+from pipeline.stop_signals import StopSignals
 from pipeline.training_state import load_optimiser, optimiser_tensors, part, read_tensors, write_tensors
 
 SNAPSHOT_LIMIT_BYTES = 20_000_000
@@ -121,6 +122,7 @@ class Trainer:
                 self.objective.discriminator.parameters(), lr=config.discriminator_rate, betas=(0.5, 0.9)
             )
         self.iteration = 0
+        self._signals = StopSignals()
         self._resume()
         if self.device.type == "cpu":
             self.restorer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub forgot it
@@ -193,7 +195,20 @@ class Trainer:
         return restorer
 
     def run(self) -> Path:
-        """Train until `iterations` or `minutes`; return the folder of the averaged model."""
+        """Train until `iterations`, `minutes` or a signal; return the folder of the averaged model.
+
+        After a signal (`stopped_by`) everything is saved at once, without a validation: who sends it may not wait.
+        """
+        with self._signals:
+            self._run()
+        return self.config.out / "model"
+
+    @property
+    def stopped_by(self) -> int | None:
+        """Number of the signal that ended the run before its time; None: there was none."""
+        return self._signals.received
+
+    def _run(self) -> None:
         config, began, last_report = self.config, time.monotonic(), 0.0
         batches = self.data.batches(
             config.seed + 1000 * self.accelerator.process_index,
@@ -211,19 +226,28 @@ class Trainer:
             figures = self.step(batches)
             self.iteration += 1
             now = time.monotonic()
-            finished = self.iteration >= config.iterations or (config.minutes and now - began > 60 * config.minutes)
+            stops = self._any_process(self.stopped_by is not None)
+            time_is_up = self._any_process(bool(config.minutes and now - began > 60 * config.minutes))
+            finished = self.iteration >= config.iterations or time_is_up or stops
             if self.accelerator.is_main_process:
                 if now - last_report > 10 or finished:
                     last_report = now
                     self._log(figures)
-                if self.iteration % config.validate_every == 0 or finished:
+                if (self.iteration % config.validate_every == 0 or finished) and not stops:
                     self._validate()
                 if self.iteration % config.save_every == 0 or finished:
                     self.save()
             if finished:
                 break
         self.accelerator.wait_for_everyone()
-        return config.out / "model"
+
+    def _any_process(self, wishes: bool) -> bool:
+        """Whether any process has the wish: one that ended alone would have the others wait for its gradients."""
+        if self.accelerator.num_processes == 1:
+            return wishes
+        if wishes:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
 
     def step(self, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
         """One iteration: generator, average, discriminator. Returns the losses."""
