@@ -143,31 +143,46 @@ def stages(results: Sequence[dict[str, Any]]) -> None:
     save(figure, "speed_stages")
 
 
-def quality(record: Path) -> None:
-    """Time per frame against perceptual distance, by number of steps; bicubic as a line."""
-    told = json.loads(record.read_text())
-    points: dict[str, list[tuple[float, float]]] = {}
-    for clip in told["clips"]:
-        for method, scores in clip["scores"]["bicubic x4"].items():
-            points.setdefault(method, []).append((scores["seconds_per_frame"], scores["stlpips"]))
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    bicubic = statistics.fmean(distance for _, distance in points["bicubic"])
-    axes.axhline(bicubic, color="#8a8a8a", linestyle="--", linewidth=1)
-    axes.text(0.02, bicubic, "bicubic", transform=axes.get_yaxis_transform(), va="bottom", color="#555555", fontsize=9)
-    for method in ("4 steps", "2 steps", "1 step"):
-        seconds = statistics.fmean(s for s, _ in points[method])
-        distance = statistics.fmean(d for _, d in points[method])
-        axes.plot(1000 * seconds, distance, "o", color="#1f5f8b", markersize=8)
-        axes.annotate(method, (1000 * seconds, distance), xytext=(0, 9), textcoords="offset points", ha="center",
+def quality(records: dict[str, Path]) -> None:
+    """Time per frame against perceptual distance, by model and number of steps; bicubic as a line."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    slowest = 0.0
+    for number, (model, record) in enumerate(records.items()):
+        told = json.loads(record.read_text())
+        points: dict[str, list[tuple[float, float]]] = {}
+        for clip in told["clips"]:
+            for method, scores in clip["scores"]["bicubic x4"].items():
+                points.setdefault(method, []).append((scores["seconds_per_frame"], scores["stlpips"]))
+        if not number:
+            bicubic = statistics.fmean(distance for _, distance in points["bicubic"])
+            axes.axhline(bicubic, color="#8a8a8a", linestyle="--", linewidth=1)
+            axes.text(0.02, bicubic, "bicubic", transform=axes.get_yaxis_transform(), va="bottom", color="#555555",
                       fontsize=9)  # fmt: skip
-    axes.set_xlim(0, 1100 * max(s for method in points.values() for s, _ in method))
-    axes.set_ylim(0, 1.12 * bicubic)
-    axes.set_xlabel("milliseconds per frame")
+            axes.set_ylim(0, 1.12 * bicubic)
+            axes.set_title(f"mean of {len(told['clips'])} held-out clips, {told['machine']['cores']} CPU cores, "
+                           f"{told['dtype']} by torch, {told['date'][:10]}", fontsize=9)  # fmt: skip
+        means = [
+            tuple(statistics.fmean(values) for values in zip(*points[method], strict=True))
+            for method in ("4 steps", "2 steps", "1 step")
+        ]
+        colour, above = ("#1f5f8b", "#c0392b")[number], number == 0
+        axes.plot([1000 * s for s, _ in means], [d for _, d in means], "o-", color=colour, markersize=7, label=model)
+        for steps, (seconds, distance) in zip((4, 2, 1), means, strict=True):
+            axes.annotate(str(steps), (1000 * seconds, distance), xytext=(0, 9 if above else -16), color=colour,
+                          textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
+            slowest = max(slowest, seconds)
+    axes.set_xlim(0, 1100 * slowest)
+    axes.set_xlabel("milliseconds per frame; numbers are steps")
     axes.set_ylabel("ST-LPIPS to the original (lower is better)")
-    axes.set_title(f"tiny, mean of {len(told['clips'])} held-out clips, {told['machine']['cores']} CPU cores, "
-                   f"{told['dtype']}, {told['date'][:10]}", fontsize=9)  # fmt: skip
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, "speed_quality")
+
+
+def newest_quality() -> dict[str, Path]:
+    """Return the newest quality record of each built-in model."""
+    found = {"tiny": sorted(RECORDS.glob("quality-2*.json")), "small": sorted(RECORDS.glob("quality-small-*.json"))}
+    return {model: paths[-1] for model, paths in found.items() if paths}
 
 
 def peers(results: Sequence[dict[str, Any]]) -> None:
@@ -213,5 +228,5 @@ if __name__ == "__main__":
     plt.rcParams["font.family"] = "DejaVu Sans"
     found = latest_alone(speed_records())
     stages(found or earlier_tables())
-    quality(sorted(RECORDS.glob("quality-*.json"))[-1])
+    quality(newest_quality())
     peers(found)

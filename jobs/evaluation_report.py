@@ -34,6 +34,7 @@ _COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("stlpips_tenth", "tenth frame", 4),
     ("seconds_per_frame", "s/frame", 2),
 )
+_DEFAULT_MODEL = "tiny"
 _PANELS = ("low resolution", "bicubic", "Upriver", "original")
 _DETAIL = (160, 120)
 
@@ -147,12 +148,21 @@ def _signed(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:+.{digits}f}"
 
 
+def _model_in_name(model: dict[str, Any] | None) -> str:
+    if model is None or model["source"] == _DEFAULT_MODEL:
+        return ""
+    return "-" + (re.sub(r"\W+", "-", Path(model["source"]).name).strip("-").lower() or "model")
+
+
 def write_report(folder: Path, document: dict[str, Any], *, quick: bool = False) -> Path:
-    """Writes `quality-<date>-<hardware>.json` and `.md` and returns the path of the latter."""
+    """Writes `quality-<date>-<hardware>.json` and `.md` and returns the path of the latter.
+
+    Models other than the default have their name before the date.
+    """
     machine = document["machine"]
     hardware = re.sub(r"\W+", "-", machine["gpu"] or f"{machine['cores']}-core cpu").strip("-").lower()
     kind = "baseline" if document["model"] is None else "quick" if quick else "quality"
-    path = folder / f"{kind}-{document['date'][:10]}-{hardware}.md"
+    path = folder / f"{kind}{_model_in_name(document['model'])}-{document['date'][:10]}-{hardware}.md"
     clips = document["clips"]
     document = {**document, "command": "upriver " + shlex.join(["evaluate", *_typed()]), "summary": summary(clips)}
     model = document["model"]
