@@ -180,9 +180,13 @@ def quality(records: dict[str, Path]) -> None:
 
 
 def newest_quality() -> dict[str, Path]:
-    """Return the newest quality record of each built-in model."""
-    found = {"tiny": sorted(RECORDS.glob("quality-2*.json")), "small": sorted(RECORDS.glob("quality-small-*.json"))}
-    return {model: paths[-1] for model, paths in found.items() if paths}
+    """Return the newest quality record of each built-in model, the default first."""
+    found: dict[str, Path] = {}
+    for path in sorted(RECORDS.glob("quality-*.json"), key=lambda path: json.loads(path.read_text())["date"]):
+        model = json.loads(path.read_text())["model"]["source"]
+        if model in ("tiny", "small"):
+            found[model] = path
+    return dict(sorted(found.items(), reverse=True))
 
 
 def peers(results: Sequence[dict[str, Any]]) -> None:

@@ -74,7 +74,7 @@ class Settings(LayeredSettings):
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         default="auto",
         description="number format of the model; auto: bf16 where the hardware computes in it and pictures stay near "
-        "to those in fp32, else fp16 on a GPU if they do, else fp32; "
+        "to those in fp32, on such a GPU else fp16, otherwise fp32; "
         "int8: convolutions in 8 bits, by OpenVINO alone",
     )
     backend: Backend = Field(

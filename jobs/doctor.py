@@ -162,7 +162,7 @@ def _device(loaded: LoadedSettings, findings: Findings) -> dict[str, Any]:
         findings.problems.append(Problem(error.message, error.remedy, int(ExitCode.MODEL)))
     found["backend_used"] = backend
     formats = [str(dtype).removeprefix("torch.") for dtype in choose_formats(loaded.values.dtype, device, backend)]
-    found["dtype_used"] = formats[0]
+    found["dtype_first"] = formats[0]
     if formats[1:]:  # what a model bears is found out when it is loaded
         found["dtype_otherwise"] = ", ".join(formats[1:])
     return found

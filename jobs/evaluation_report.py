@@ -149,15 +149,21 @@ def _signed(value: float | None, digits: int) -> str:
 
 
 def _model_in_name(model: dict[str, Any] | None) -> str:
+    """Return nothing for the default model, the name of another built-in one, and name and weights of all others."""
+    from pipeline.model_source import built_in_models
+
     if model is None or model["source"] == _DEFAULT_MODEL:
         return ""
-    return "-" + (re.sub(r"\W+", "-", Path(model["source"]).name).strip("-").lower() or "model")
+    if model["source"] in built_in_models():
+        return f"-{model['source']}"
+    name = re.sub(r"\W+", "-", Path(model["source"]).name).strip("-").lower() or "model"
+    return f"-{name}-{model['sha256'][:8]}"
 
 
 def write_report(folder: Path, document: dict[str, Any], *, quick: bool = False) -> Path:
     """Writes `quality-<date>-<hardware>.json` and `.md` and returns the path of the latter.
 
-    Models other than the default have their name before the date.
+    Models other than the default one are named before the date.
     """
     machine = document["machine"]
     hardware = re.sub(r"\W+", "-", machine["gpu"] or f"{machine['cores']}-core cpu").strip("-").lower()

@@ -237,23 +237,10 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
 ) -> None:
     """Write a model with its weights in half precision: half the size, and it computes in any format as before."""
-    import json
+    from pipeline.checkpoint import write_in_half
+    from pipeline.model_source import resolve
 
-    from jobs.errors import UsageError
-    from pipeline.model_source import OPTIONS, resolve
-    from pipeline.restorer import Restorer
-
-    folder = resolve(model)
-    options = json.loads((folder / OPTIONS).read_text()) if (folder / OPTIONS).exists() else {}
-    restorer = Restorer.load(folder).half()
-    if not all(weight.isfinite().all() for weight in restorer.parameters()):
-        raise UsageError(
-            f"{model} has weights beyond 65504, the largest number of half precision.",
-            code="train-export",
-            remedy="Keep the folder as it is.",
-        )
-    restorer.save(out, options)
-    size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+    size = write_in_half(resolve(model), out)
     typer.echo(f"Model: {out} ({size / 1e6:.1f} MB)")
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -24,11 +25,12 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.autoencoder import TemporalAutoencoderTiny
 from pipeline.errors import CheckpointError
+from pipeline.file_modes import follow_umask
 from pipeline.model_source import OPTIONS, PICKLES, PROMPT, RAFT_WEIGHTS, WEIGHTS, pickled, resolve
 from pipeline.options import ModelOptions
 from pipeline.prompt import load_prompt_embeds, save_prompt_embeds
@@ -134,6 +136,37 @@ def fingerprint(
     }
     digest.update(json.dumps(decisive, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def write_in_half(folder: Path, out: Path) -> int:
+    """Write a copy of a model whose networks' weights are in half precision; returns the bytes of its weights.
+
+    Everything else, the prompt's embedding among it, is copied as it is. What loads the copy has the weights in fp32.
+
+    Raises:
+        CheckpointError: `out` exists, a file is not safetensors, or a weight is too large for half precision.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists.", code="checkpoint-exists", remedy="Name a folder that does not.")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(folder, partial)
+        for path in sorted(partial.glob(f"*/{WEIGHTS}")):
+            tensors = _read_weights(path)
+            halves = {name: x.half() if x.is_floating_point() else x for name, x in tensors.items()}
+            if large := [name for name, x in halves.items() if not x.isfinite().all()]:
+                raise CheckpointError(
+                    f"{large[0]} in {path.parent.name} has weights beyond 65504, the largest number of half precision.",
+                    code="checkpoint-half",
+                    remedy="Keep the model as it is.",
+                )
+            save_file(halves, path, metadata={"format": "pt"})
+        follow_umask(sorted(partial.rglob("*.safetensors")))
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sum(path.stat().st_size for path in out.rglob("*.safetensors"))
 
 
 def weights_sha256(network: nn.Module) -> str:

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.degrade import BICUBIC, SCALE, degrade, downscale, draw_degradation, gaussian_blur
 from pipeline.errors import PipelineError
 from pipeline.motion import draw_camera, ellipse_mask, flow_of, render
+from pipeline.stop_signals import ignore_stop_signals
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m4v"})
@@ -320,7 +321,16 @@ class TrainingData:
             )
 
         numbers = range(start, sys.maxsize)
-        return iter(DataLoader(_Drawn(draw), batch_size=None, sampler=numbers, num_workers=workers))
+        # A signal to all processes of a run must not take the workers from under the iteration that it lets finish.
+        return iter(
+            DataLoader(
+                _Drawn(draw),
+                batch_size=None,
+                sampler=numbers,
+                num_workers=workers,
+                worker_init_fn=ignore_stop_signals if workers else None,
+            )
+        )
 
 
 class _Drawn(Dataset[Batch]):

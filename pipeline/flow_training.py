@@ -106,24 +106,19 @@ class FlowTrainer:
         self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=config.learning_rate, weight_decay=1e-4)
         self.average = Average.of(self.net, config.ema)
         self.iteration = 0
-        self._signals = StopSignals()
+        self.stopped_by: int | None = None  # the signal that ended the run before its time
         self._resume()
 
     def run(self) -> Path:
         """Train until `iterations`, `minutes` or a signal; return the file of the averaged weights.
 
-        After a signal (`stopped_by`) everything is saved at once, without a validation.
+        After a signal (`stopped_by`) the iteration at hand is finished and everything saved, without a validation.
         """
-        with self._signals:
-            self._run()
+        with StopSignals() as signals:
+            self._run(signals)
         return self.config.out / "flow.safetensors"
 
-    @property
-    def stopped_by(self) -> int | None:
-        """Number of the signal that ended the run before its time; None: there was none."""
-        return self._signals.received
-
-    def _run(self) -> None:
+    def _run(self, signals: StopSignals) -> None:
         config, began, last_report = self.config, time.monotonic(), 0.0
         config.out.mkdir(parents=True, exist_ok=True)
         finished = self.iteration >= config.iterations
@@ -135,12 +130,13 @@ class FlowTrainer:
             if now - last_report > 20 or finished:
                 last_report = now
                 self._log(figures)
-            if self.stopped_by is not None:
+            if signals.received is not None and not finished:
                 self.save()
+                self.stopped_by = signals.received
                 return
             if self.iteration % config.validate_every == 0 or finished:
-                self._log(self.validate())
                 self.save()
+                self._log(self.validate())
 
     def step(self) -> dict[str, float]:
         """One iteration, which depends on the seed and its number alone. Returns the losses."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Notes:
 
     def __init__(self, *parts: str) -> None:
         name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-        self._place: Path = cache_folder() / "formats" / f"{name}.json"
+        self._place: Path = cache_folder() / "notes" / f"{name}.json"
         self._known: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             read = json.loads(self._place.read_text())
@@ -40,10 +41,10 @@ class Notes:
     def put(self, name: str, value: Any) -> None:
         """Note something that JSON can hold, so that a reader sees all of it or nothing."""
         self._known[name] = value
-        partial = self._place.with_name(f".{self._place.name}.{os.getpid()}.partial")
+        partial = self._place.with_name(f".{self._place.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
             self._place.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(self._known))
             partial.replace(self._place)
         except OSError as error:
-            logger.info("what was found about number formats is not kept: %s", error)
+            logger.info("what was found out about the model is not kept: %s", error)

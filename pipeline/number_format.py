@@ -1,8 +1,8 @@
 """Which number format a model bears: the fastest in which its pictures stay near to those of fp32.
 
-How much a format changes is the model's doing: bf16 keeps 57 dB with the built-in model, and 41 to 45 with random
-weights of the published form, where fp16 keeps 61 (`benchmarks/quantisation-*.md`). So nothing is taken for granted: a
-few frames of a made-up clip are restored in fp32 and in the format, and what was found is kept on disk.
+How much a format changes is the model's doing: bf16 keeps 54 dB and more with the built-in model, and 41 to 45 with
+random weights of the published form, where fp16 keeps 61 (`benchmarks/quantisation-*.md`). So nothing is taken for
+granted: a few frames of a made-up clip are restored in fp32 and in the format, and what was found is kept on disk.
 
 fp16 is the nearer of the two, but its largest value is 65504. It counts as near only where no layer comes within
 `HEADROOM` of that.
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backends import Backend, make_backend, openvino_version, processor_flags
+from pipeline.code_hash import pipeline_code_sha256
 from pipeline.cuda_backend import psnr_db
 from pipeline.frame_core import CoreInputs, CoreKind, FrameCore
 from pipeline.made_up_clip import made_up_clip
 from pipeline.notes import Notes
 from pipeline.options import Guidance
-from pipeline.own_code import own_code
 from pipeline.schedule import make_schedule
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def settle_format(
         made = make_backend(backend, pipe, dtype) if backend == "openvino" else None
         try:
             reached = nearness_db(pipe, dtype, backend=backend, device=device, run=made.run if made else None)
-        except torch.OutOfMemoryError:
-            logger.warning("too little memory to compare %s with float32; it is used as it is", _name(dtype))
+        except RuntimeError as error:  # so are all of torch's and of the device's, too little memory among them
+            logger.warning("%s is used without a comparison with float32: %s", _name(dtype), str(error).splitlines()[0])
             return dtype, made
         if reached >= LEAST_PSNR_DB:
             return dtype, made
@@ -92,20 +92,34 @@ def nearness_db(
 ) -> float:
     """Return the PSNR in dB of the clip's worst frame, restored in `dtype`, to that in fp32; as it was found before.
 
+    Takes memory for the networks in fp32 on the device, for as long as it takes.
+
     Args:
         pipe: networks in fp32, in main memory.
-        backend, device: see `settle_format`.
-        run: runs frames in the format; None: the networks themselves, cast.
+        backend, device: see `settle_format`. OpenVINO computes by itself; for all others the networks are cast.
+        run: OpenVINO's, where it is made already.
 
     Returns:
         -inf where a picture is not finite, or where values come too near to the format's largest.
+
+    Raises:
+        ValueError: the networks are not in fp32. RuntimeError: too little memory.
     """
+    if pipe.unet.dtype != torch.float32:
+        raise ValueError(f"the networks are in {_name(pipe.unet.dtype)}: there is nothing to compare with")
+    if backend == "openvino" and run is None:
+        made = make_backend(backend, pipe, dtype)
+        assert made is not None
+        run = made.run
     notes = _notes(pipe, backend, str(device))
     known = notes.get(_name(dtype))
     if isinstance(known, int | float):
         return float(known)
     trial = _Trial(pipe, torch.device(device))
     reached = trial.compare_cast(dtype) if run is None else trial.compare(run)
+    del trial
+    if str(device).startswith("cuda"):
+        torch.cuda.empty_cache()
     notes.put(_name(dtype), reached)
     return reached
 
@@ -175,7 +189,7 @@ def _notes(pipe: StreamDiffVSRPipeline, backend: str, device: str) -> Notes:
     """Return what was found before for this model, by this code, on such a device."""
     hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else " ".join(sorted(processor_flags()))
     versions = (torch.__version__, diffusers.__version__, openvino_version() if backend == "openvino" else "")
-    return Notes(pipe.model_sha256, backend, device.partition(":")[0], hardware, *versions, own_code())
+    return Notes(pipe.model_sha256, backend, device.partition(":")[0], hardware, *versions, pipeline_code_sha256())
 
 
 def _name(dtype: torch.dtype) -> str:

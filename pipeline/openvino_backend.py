@@ -21,9 +21,10 @@ import os
 import shutil
 import threading
 import warnings
+from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import diffusers
 import torch
@@ -31,12 +32,12 @@ from torch import Tensor, nn
 
 from pipeline.backends import import_openvino, openvino_version, processor_flags
 from pipeline.checkpoint import weights_sha256
+from pipeline.code_hash import pipeline_code_sha256
 from pipeline.frame_core import CoreInputs, CoreKind, FrameCore
 from pipeline.model_source import cache_folder
 from pipeline.notes import Notes
 from pipeline.number_format import nearness_db
 from pipeline.options import Guidance
-from pipeline.own_code import own_code
 from pipeline.quantisation import Range, bearable, mark_int8, measure_blocks, measure_ranges
 from pipeline.schedule import Schedule, make_schedule
 
@@ -143,30 +144,36 @@ class _Parts:
     @cached_property
     def _plan(self) -> _Int8Plan:
         """Which convolutions compute in 8 bits, and in what the rest does, so that pictures stay near enough."""
-        notes = Notes("int8", self._pipe.model_sha256, " ".join(sorted(processor_flags())), *_versions())
-        with contextlib.suppress(TypeError, ValueError, AttributeError):
-            return _Int8Plan(str(notes.get("beside")), {k: Range(*v) for k, v in notes.get("ranges").items()})
+        weights = str(self._pipe.unet.dtype)
+        notes = Notes("int8", self._pipe.model_sha256, weights, " ".join(sorted(processor_flags())), *_versions())
+        with contextlib.suppress(TypeError, ValueError, AttributeError, KeyError):
+            known = notes.get("plan")
+            return _Int8Plan(known["beside"], {name: Range(*ends) for name, ends in known["ranges"].items()})
+        logger.info("finding out which convolutions this model bears in 8 bits; once for a model and a machine")
         most_error, beside = _squared_error(INT8_PSNR_DB), "f32"
-        if cpu_has_bf16():
+        if cpu_has_bf16() and self._pipe.unet.dtype == torch.float32:
             near = nearness_db(self._pipe, torch.bfloat16, backend="openvino", device="cpu")
             if (error := _squared_error(near)) < most_error / 2:
                 most_error, beside = most_error - error, "bf16"
         schedule = make_schedule(self._pipe.scheduler, None, self._pipe.options.schedules)
-        alone, guided = (self._core_in_fp32(is_guided, schedule) for is_guided in (False, True))
+        # of copies: their weights are rounded and their layers watched
+        cores = nn.ModuleList(self._core_in_fp32(is_guided, schedule) for is_guided in (False, True))
+        alone, guided = cast(Iterable[FrameCore], copy.deepcopy(cores))
         ranges = measure_ranges(alone, guided)
         blocks = measure_blocks(alone, guided, ranges)
         names = [name for block in bearable(blocks, most_error) for name in block.names]
         count = sum(len(block.names) for block in blocks)
         logger.log(
             logging.INFO if 2 * len(names) >= count else logging.WARNING,
-            "%d of %d convolutions compute in 8 bits: as many as this model bears; the rest in %s",
+            "%d of %d convolutions compute in 8 bits, as many as this model bears, and the rest in %s: %s of the "
+            "speed is won",
             len(names),
             count,
             beside,
+            "most" if 2 * len(names) >= count else "little",
         )
         plan = _Int8Plan(beside, {name: ranges[name] for name in names})
-        notes.put("ranges", plan.ranges)
-        notes.put("beside", plan.beside)
+        notes.put("plan", plan._asdict())
         return plan
 
     @property
@@ -274,7 +281,7 @@ def cpu_has_bf16() -> bool:
 
 
 def _versions() -> tuple[str, ...]:
-    return openvino_version(), torch.__version__, diffusers.__version__, own_code()
+    return openvino_version(), torch.__version__, diffusers.__version__, pipeline_code_sha256()
 
 
 def _squared_error(psnr_db: float) -> float:

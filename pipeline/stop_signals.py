@@ -14,9 +14,10 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Within ``with``, SIGTERM and SIGINT are noted; a second one does what it always does.
+    """Within ``with``, SIGTERM and SIGINT are noted and nothing more: what they ask for is under way.
 
-    Elsewhere than in a process's main thread, where Python takes no signals, nothing is noted.
+    A second one often comes by another way, when a launcher hands on what its children got too. Elsewhere than in a
+    process's main thread, where Python takes no signals, nothing is noted.
 
     Attributes:
         received: number of the signal; None: none came.
@@ -33,12 +34,14 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._give_back()
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = number
-        self._give_back()
 
-    def _give_back(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+
+def ignore_stop_signals(_: int = 0) -> None:
+    """Let this process, a worker of one that notes signals, leave it to that one when to end."""
+    for one in _SIGNALS:
+        signal.signal(one, signal.SIG_IGN)

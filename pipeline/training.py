@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ MODEL_CONFIG: dict[str, object] = {
     "noise": "fixed",
     "schedules": {str(steps): list(timesteps) for steps, timesteps in SCHEDULES.items()},
 }
+_AGREE_EVERY = 10  # iterations, where several processes train together
 Progress = Callable[[int, dict[str, float]], None]
 
 
@@ -122,7 +124,7 @@ class Trainer:
                 self.objective.discriminator.parameters(), lr=config.discriminator_rate, betas=(0.5, 0.9)
             )
         self.iteration = 0
-        self._signals = StopSignals()
+        self.stopped_by: int | None = None  # the signal that ended the run before its time
         self._resume()
         if self.device.type == "cpu":
             self.restorer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub forgot it
@@ -197,18 +199,14 @@ class Trainer:
     def run(self) -> Path:
         """Train until `iterations`, `minutes` or a signal; return the folder of the averaged model.
 
-        After a signal (`stopped_by`) everything is saved at once, without a validation: who sends it may not wait.
+        After a signal (`stopped_by`) to any of its processes the iteration at hand is finished and everything saved,
+        without a validation: who sends it may not wait.
         """
-        with self._signals:
-            self._run()
+        with StopSignals() as signals:
+            self._run(signals)
         return self.config.out / "model"
 
-    @property
-    def stopped_by(self) -> int | None:
-        """Number of the signal that ended the run before its time; None: there was none."""
-        return self._signals.received
-
-    def _run(self) -> None:
+    def _run(self, signals: StopSignals) -> None:
         config, began, last_report = self.config, time.monotonic(), 0.0
         batches = self.data.batches(
             config.seed + 1000 * self.accelerator.process_index,
@@ -226,28 +224,38 @@ class Trainer:
             figures = self.step(batches)
             self.iteration += 1
             now = time.monotonic()
-            stops = self._any_process(self.stopped_by is not None)
-            time_is_up = self._any_process(bool(config.minutes and now - began > 60 * config.minutes))
-            finished = self.iteration >= config.iterations or time_is_up or stops
+            complete = self.iteration >= config.iterations
+            time_is_up, stops = self._agree(bool(config.minutes and now - began > 60 * config.minutes), signals)
+            finished = complete or time_is_up or stops
             if self.accelerator.is_main_process:
                 if now - last_report > 10 or finished:
                     last_report = now
                     self._log(figures)
-                if (self.iteration % config.validate_every == 0 or finished) and not stops:
-                    self._validate()
-                if self.iteration % config.save_every == 0 or finished:
+                validates = (self.iteration % config.validate_every == 0 or finished) and not stops
+                if self.iteration % config.save_every == 0 or finished or validates:
                     self.save()
+                if validates:
+                    self._validate()
             if finished:
+                if stops and not complete:
+                    self.stopped_by = signals.received or signal.SIGTERM
                 break
         self.accelerator.wait_for_everyone()
 
-    def _any_process(self, wishes: bool) -> bool:
-        """Whether any process has the wish: one that ended alone would have the others wait for its gradients."""
+    def _agree(self, time_is_up: bool, signals: StopSignals) -> tuple[bool, bool]:
+        """Return whether time is up and whether a signal came, in any process, and the same in all.
+
+        One that ended alone would have the others wait for its gradients. They ask each other now and then: it costs a
+        wait for the device.
+        """
+        stops = signals.received is not None
         if self.accelerator.num_processes == 1:
-            return wishes
-        if wishes:
-            self.accelerator.set_trigger()
-        return bool(self.accelerator.check_trigger())
+            return time_is_up, stops
+        if self.iteration % _AGREE_EVERY and self.iteration < self.config.iterations:
+            return False, False
+        wishes = torch.tensor([time_is_up, stops], dtype=torch.float32, device=self.device)
+        late, told = (bool(wish > 0) for wish in self.accelerator.reduce(wishes, "sum").tolist())
+        return late, told
 
     def step(self, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
         """One iteration: generator, average, discriminator. Returns the losses."""

@@ -126,7 +126,7 @@ def check_doctor() -> str:
     told = json.loads(_upriver("doctor", "--json"))
     if told["problems"]:
         raise SmokeError(" ".join(problem["what"] for problem in told["problems"]))
-    return f"device {told['device']['used']}, {told['device']['dtype_used']}, model {told['model']['asked_for']}"
+    return f"device {told['device']['used']}, {told['device']['dtype_first']}, model {told['model']['asked_for']}"
 
 
 def check_restore() -> str:

@@ -56,7 +56,7 @@ def test_report_of_a_users_own_clips(
     arguments += ["--complete", "--out", str(out), "--pictures", str(pictures)]
     monkeypatch.setattr(sys, "argv", ["upriver", *arguments])
     assert main(arguments) == 0
-    (report,) = out.glob(f"quality-{model.name}-20*.json")
+    (report,) = out.glob(f"quality-{model.name}-*-20*.json")
     document = json.loads(report.read_text())
     (clip,) = document["clips"]
     assert (clip["name"], clip["size"], clip["frames"]) == ("texture", "100x80", 3)

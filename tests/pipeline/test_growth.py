@@ -12,6 +12,7 @@ from torch import Tensor
 from jobs.cli import main
 from pipeline.cuda_backend import psnr_db
 from pipeline.growth import GrowthError, grow
+from pipeline.model_source import WEIGHTS
 from pipeline.restorer import SCHEDULES, SIZES, ModelSize, Restorer
 from pipeline.stream_diffvsr import StreamDiffVSRPipeline
 
@@ -123,11 +124,22 @@ def test_a_model_in_half_precision_is_half_the_size_and_restores_alike(
         assert 70 < psnr_db(outputs[1], outputs[0]) < 100
 
 
+def test_in_half_precision_everything_else_stays_as_it_is(parity_folder: Path, tmp_path: Path) -> None:
+    """The prompt's embedding above all: the published checkpoint attends to it."""
+    assert main(["train", "export", str(parity_folder), "--out", str(tmp_path / "half")]) == 0
+    names = {path.relative_to(parity_folder) for path in parity_folder.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(tmp_path / "half") for path in (tmp_path / "half").rglob("*") if path.is_file()}
+    changed = {name for name in names if (parity_folder / name).read_bytes() != (tmp_path / "half" / name).read_bytes()}
+    assert changed == {Path(part, WEIGHTS) for part in ("unet", "vae", "controlnet")}
+    assert main(["train", "export", str(parity_folder), "--out", str(tmp_path / "half")]) != 0, "it exists"
+
+
 def test_weights_that_half_precision_cannot_hold_are_refused(
     tiny: Restorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     large = copy.deepcopy(tiny)
     next(large.unet.parameters()).data.fill_(1e6)
     large.save(tmp_path / "large", {})
-    assert main(["train", "export", str(tmp_path / "large"), "--out", str(tmp_path / "half")]) == 2
-    assert "65504" in capsys.readouterr().err and not (tmp_path / "half").exists()
+    assert main(["train", "export", str(tmp_path / "large"), "--out", str(tmp_path / "half")]) == 7
+    assert "65504" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @cache
-def own_code() -> str:
+def pipeline_code_sha256() -> str:
     """Return a hash over the code of this package."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
