@@ -101,6 +101,19 @@ def make_bad_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def write_exactly(path: Path, pictures: Sequence[np.ndarray], rate: int = 25) -> Path:
+    """Write pictures (H,W,3) so that they are decoded as they are, with a key picture in every four; returns `path`."""
+    with av.open(path, "w") as output:
+        stream = output.add_stream("libx264rgb", rate=rate, options={"qp": "0", "g": "4"})
+        stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], "rgb24"
+        for number, picture_HWC in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture_HWC)
+            frame.pts, frame.time_base = number, Fraction(1, rate)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return path
+
+
 def with_side_data(frame: av.VideoFrame, name: str, data: bytes) -> av.VideoFrame:
     """The same picture carrying one piece of side data: a raw decoder moves it from the packet to the frame."""
     decoder: Any = av.CodecContext.create("rawvideo", "r")

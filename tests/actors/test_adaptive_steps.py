@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 
@@ -28,6 +26,7 @@ from pipeline.video import EncoderOptions, VideoReader, VideoWriter, probe
 from tests.actors.test_assemble import assembly_of
 from tests.films import frame_hashes
 from tests.moving_texture import make_clip
+from tests.video_files import write_exactly
 
 POLICY: Any = {"settle": 1, "longest_hold": 3, "levels": [2, 1], "shares": [0.1]}
 STILL = [2, 1, 0, 0, 0, 1, 0, 0, 0, 1]  # levels of the frames that stand still
@@ -40,14 +39,7 @@ def plan(request: pytest.FixtureRequest, tmp_path: Path) -> VideoPlan:
     for left in range(8, 32, 4):
         moving.append(moving[0].copy())
         moving[-1][16:28, left : left + 10] = (250, 20, 90)
-    with av.open(source, "w") as output:
-        stream = output.add_stream("libx264rgb", rate=25, options={"qp": "0", "g": "4"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb24"
-        for number, picture_HWC in enumerate([moving[0]] * 9 + moving):
-            frame = av.VideoFrame.from_ndarray(picture_HWC)
-            frame.pts, frame.time_base = number, Fraction(1, 25)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
+    write_exactly(source, [moving[0]] * 9 + moving)
     info = storage_for(str(source)).stat(str(source))
     assert info is not None
     item = Item(str(source), str(tmp_path / "out.mkv"), source.name, info.size_bytes, info.version)

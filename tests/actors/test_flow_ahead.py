@@ -8,11 +8,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -36,6 +34,7 @@ from pipeline.reference_step import ReferenceStep
 from tests.live_service import LiveService, live_service, open_live_engine
 from tests.moving_texture import make_clip
 from tests.random_model import save_random_model
+from tests.video_files import write_exactly
 
 POLICY: dict[str, object] = {"settle": 1, "longest_hold": 3, "levels": [2, 1], "shares": [0.1]}
 
@@ -58,14 +57,7 @@ def scenes() -> list[NDArray[np.uint8]]:
 def row_of(folder: Path, frames: list[NDArray[np.uint8]], **options: Any) -> Row:
     source = folder / "film.mkv"
     if not source.exists():
-        with av.open(source, "w") as output:
-            stream = output.add_stream("libx264rgb", rate=25, options={"qp": "0", "g": "4"})
-            stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "rgb24"
-            for number, picture_HWC in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(picture_HWC)
-                frame.pts, frame.time_base = number, Fraction(1, 25)
-                output.mux(stream.encode(frame))
-            output.mux(stream.encode(None))
+        write_exactly(source, frames)
     info = storage_for(str(source)).stat(str(source))
     assert info is not None
     item = Item(str(source), str(folder / "out.mkv"), source.name, info.size_bytes, info.version)
